@@ -1,0 +1,360 @@
+/* The nursery: pid 1 of a zygote's namespaces, and the maker of the inits.
+ *
+ * Theory of operation
+ *   engine --exec--> nursery (pid 1 of the zygote's pid namespace, root of its user namespace)
+ *     |-- zygote: the interpreter that forks cells (argv[1...])
+ *     `-- init, one for each cell: pid 1 of the cell's pid namespace, with the cell's mount, ipc and uts namespaces and
+ *         its file systems in place; without capabilities, under an id of its own, all descriptors closed, asleep.
+ *
+ * Descriptors: 0 /dev/null, 1 and 2 the engine's log, 3 the engine's channel, 4 the zygote's end of its own channel
+ * (only until the zygote runs), 5 a pidfd of the engine. When the engine is gone (end of file on 3, or 5 readable) or
+ * the zygote is, the nursery exits, and the kernel takes every process of these pid namespaces with it.
+ *
+ * Freestanding: no libc, no heap, no interpreter; what a fork of it copies is a few pages. It reads fixed structs from
+ * the engine only; nothing that a tenant wrote comes here.
+ */
+#include "sandboxd.h"
+
+enum { ENGINE = 3, ZYGOTE = 4, OWNER = 5 };
+enum { SLOTS = 8192, ZYGOTE_PID = 30011, INIT_ID = 1 };
+
+static int netns_of[SLOTS]; /* descriptor + 1, by slot: leased to the slot's present cell, empty in between */
+static int home_netns;
+
+void *memset(void *to, int byte, size_t n);
+void *memcpy(void *to, const void *from, size_t n);
+
+void *
+memset(void *to, int byte, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        ((volatile char *)to)[i] = (char)byte;
+    return to;
+}
+
+void *
+memcpy(void *to, const void *from, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        ((volatile char *)to)[i] = ((const char *)from)[i];
+    return to;
+}
+
+static _Noreturn void
+quit(int status)
+{
+    for (;;)
+        sbx_call(SBX_NR_exit_group, status);
+}
+
+/* Append "key=number" and a comma to a mount option string. */
+static char *
+put_option(char *at, const char *key, uint64_t value, unsigned int base)
+{
+    char digits[24];
+    int n = 0;
+
+    while (*key)
+        *at++ = *key++;
+    do {
+        digits[n++] = (char)('0' + value % base);
+        value /= base;
+    } while (value);
+    while (n > 0)
+        *at++ = digits[--n];
+    *at++ = ',';
+    *at = '\0';
+    return at;
+}
+
+static int
+make_tmpfs(uint64_t bytes, uint64_t files, uint32_t mode, uint32_t id)
+{
+    char options[160], *at = options;
+
+    at = put_option(at, "size=", bytes, 10);
+    at = put_option(at, "nr_inodes=", files, 10);
+    at = put_option(at, "mode=", mode, 8);
+    at = put_option(at, "uid=", id, 10);
+    at = put_option(at, "gid=", id, 10);
+    at[-1] = '\0';
+    return sbx_make_fs("tmpfs", options, SBX_MOUNT_ATTR_NOSUID | SBX_MOUNT_ATTR_NODEV);
+}
+
+/* The slot's network namespace: made once, empty, owned by this user namespace; used by one cell at a time, and again
+ * only after the cell's pid namespace is gone. */
+static int
+lease_netns(uint32_t slot)
+{
+    long r;
+    int fd;
+
+    if (netns_of[slot])
+        return netns_of[slot] - 1;
+    r = sbx_call(SBX_NR_unshare, SBX_CLONE_NEWNET);
+    if (r < 0)
+        return (int)r;
+    fd = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/ns/net", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);
+    r = sbx_call(SBX_NR_setns, home_netns, SBX_CLONE_NEWNET);
+    if (r < 0)
+        quit(1); /* half in a cell's namespace: nothing sane can follow */
+    if (fd >= 0)
+        netns_of[slot] = fd + 1;
+    return fd;
+}
+
+struct init_plan {
+    int workspace, tmp, shm, code, netns, report;
+};
+
+static _Noreturn void
+init_fail(int fd, enum sbx_stage stage, long error)
+{
+    struct sbx_report report = {.stage = (uint32_t)stage, .error = (int32_t)-error};
+
+    sbx_write_all(fd, &report, sizeof(report));
+    quit(1);
+}
+
+/* pid 1 of the cell. Its set-up needs this user namespace's root; then it keeps nothing and sleeps. SIGCHLD ignored
+ * means that the kernel reaps the orphans (wait(2), NOTES). Being pid 1 without handlers, it cannot be signalled from
+ * inside; killing it from outside ends everything in the namespace. */
+static _Noreturn void
+init_main(const struct init_plan *plan)
+{
+    struct {
+        uint64_t handler, flags, restorer, mask;
+    } ignore = {.handler = 1 /* SIG_IGN */};
+    struct sbx_report done = {0};
+    const struct {
+        int fd;
+        const char *path;
+    } places[] = {
+        {plan->workspace, "/workspace"}, {plan->tmp, "/tmp"}, {plan->shm, "/dev/shm"}, {plan->code, "/code"}};
+    int proc;
+    long r = sbx_call(SBX_NR_setns, plan->netns, SBX_CLONE_NEWNET);
+
+    if (r < 0)
+        init_fail(plan->report, SBX_STAGE_NETNS, r);
+    for (size_t i = 0; i < ARRAY_SIZE(places); i++) {
+        r = sbx_attach(places[i].fd, SBX_AT_FDCWD, places[i].path);
+        if (r < 0)
+            init_fail(plan->report, SBX_STAGE_ATTACH, r);
+    }
+    proc = sbx_make_fs("proc", "subset=pid,hidepid=invisible",
+                       SBX_MOUNT_ATTR_NOSUID | SBX_MOUNT_ATTR_NODEV | SBX_MOUNT_ATTR_NOEXEC);
+    if (proc < 0)
+        init_fail(plan->report, SBX_STAGE_PROC, proc);
+    r = sbx_attach(proc, SBX_AT_FDCWD, "/proc");
+    if (r < 0)
+        init_fail(plan->report, SBX_STAGE_PROC, r);
+    sbx_call(SBX_NR_rt_sigaction, SBX_SIGCHLD, &ignore, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_setsid);
+    r = sbx_move_fd(plan->report, 0);
+    if (r >= 0)
+        r = sbx_close_from(1);
+    if (r < 0)
+        init_fail(0, SBX_STAGE_FDS, r);
+    r = sbx_become(INIT_ID, INIT_ID);
+    if (r < 0)
+        init_fail(0, SBX_STAGE_IDS, r);
+    r = sbx_drop_caps();
+    if (r < 0)
+        init_fail(0, SBX_STAGE_CAPS, r);
+    sbx_call(SBX_NR_prctl, SBX_PR_SET_NAME, "init", 0, 0, 0);
+    sbx_write_all(0, &done, sizeof(done));
+    sbx_close(0);
+    for (;;)
+        sbx_call(SBX_NR_pause);
+}
+
+static int
+make_pipes(uint32_t id, int *fds)
+{
+    int r = 0;
+
+    /* A pipe's inode belongs to the fsuid of its maker: the cell may open its own /dev/stderr again. */
+    sbx_call(SBX_NR_setfsgid, id);
+    sbx_call(SBX_NR_setfsuid, id);
+    for (int i = 0; i < 3 && r >= 0; i++)
+        r = (int)sbx_call(SBX_NR_pipe2, &fds[2 * i], SBX_O_CLOEXEC);
+    sbx_call(SBX_NR_setfsuid, 0);
+    sbx_call(SBX_NR_setfsgid, 0);
+    return r;
+}
+
+/* Make one init. Fills *fds* (SBX_INIT_FDS) on success; on failure the report says where and all is closed. */
+static void
+make_init(const struct sbx_init_request *q, struct sbx_report *report, int *fds)
+{
+    struct init_plan plan = {.workspace = -1, .tmp = -1, .shm = -1, .code = -1};
+    int pidfd = -1, pipe[2] = {-1, -1};
+    struct sbx_clone_args args = {
+        .flags = SBX_CLONE_PIDFD | SBX_CLONE_NEWPID | SBX_CLONE_NEWNS | SBX_CLONE_NEWIPC | SBX_CLONE_NEWUTS,
+        .pidfd = (uint64_t)(uintptr_t)&pidfd,
+        .exit_signal = SBX_SIGCHLD,
+    };
+    enum sbx_stage stage = SBX_STAGE_REQUEST;
+    long r = -SBX_EINVAL;
+
+    for (int i = 0; i < SBX_INIT_FDS; i++)
+        fds[i] = -1;
+    if (q->slot >= SLOTS || q->uid <= INIT_ID)
+        goto fail;
+    stage = SBX_STAGE_TMPFS;
+    if ((r = plan.workspace = make_tmpfs(q->workspace_bytes, q->workspace_files, 0700, q->uid)) < 0 ||
+        (r = plan.tmp = make_tmpfs(q->tmp_bytes, q->tmp_files, 01777, q->uid)) < 0 ||
+        (r = plan.shm = make_tmpfs(q->shm_bytes, q->shm_files, 01777, q->uid)) < 0 ||
+        (r = plan.code = make_tmpfs(q->code_bytes, 64, 0755, 0)) < 0)
+        goto fail;
+    stage = SBX_STAGE_PIPES;
+    if ((r = make_pipes(q->uid, &fds[3])) < 0 || (r = sbx_call(SBX_NR_pipe2, pipe, SBX_O_CLOEXEC)) < 0)
+        goto fail;
+    stage = SBX_STAGE_NETNS;
+    if ((r = plan.netns = lease_netns(q->slot)) < 0)
+        goto fail;
+    plan.report = pipe[1];
+    stage = SBX_STAGE_CLONE;
+    r = sbx_call(SBX_NR_clone3, &args, sizeof(args));
+    if (r == 0)
+        init_main(&plan);
+    if (r < 0)
+        goto fail;
+    fds[0] = pidfd;
+    fds[1] = plan.workspace;
+    fds[2] = plan.code;
+    sbx_close(pipe[1]);
+    pipe[1] = -1;
+    r = sbx_read_all(pipe[0], report, sizeof(*report));
+    if (r < 0) { /* died without a word, or so fast that none came */
+        report->stage = SBX_STAGE_CLONE;
+        report->error = (int32_t)-r;
+    }
+    stage = SBX_STAGE_NONE;
+fail:
+    if (stage != SBX_STAGE_NONE) {
+        report->stage = (uint32_t)stage;
+        report->error = (int32_t)-r;
+        fds[1] = plan.workspace;
+        fds[2] = plan.code;
+    }
+    if (report->stage != SBX_STAGE_NONE) {
+        if (pidfd >= 0)
+            sbx_pidfd_kill(pidfd, SBX_SIGKILL);
+        for (int i = 0; i < SBX_INIT_FDS; i++)
+            sbx_close(fds[i]);
+    }
+    sbx_close(plan.tmp);
+    sbx_close(plan.shm);
+    sbx_close(pipe[0]);
+    sbx_close(pipe[1]);
+}
+
+/* One request of the engine. */
+static void
+answer(void)
+{
+    struct sbx_init_request request;
+    struct sbx_init_reply reply = {0};
+    int fds[SBX_INIT_FDS], none;
+    unsigned int nfds = 0;
+    long n = sbx_recv_fds(ENGINE, &request, sizeof(request), &none, &nfds);
+
+    if (n == -SBX_EAGAIN)
+        return;
+    if (n != (long)sizeof(request))
+        quit(n == 0 ? 0 : 1); /* the engine is gone, or talks nonsense */
+    reply.slot = request.slot;
+    make_init(&request, &reply.report, fds);
+    n = sbx_send_fds(ENGINE, &reply, sizeof(reply), fds, reply.report.stage ? 0 : SBX_INIT_FDS);
+    if (reply.report.stage == SBX_STAGE_NONE)
+        for (int i = 0; i < SBX_INIT_FDS; i++)
+            sbx_close(fds[i]);
+    if (n < 0)
+        quit(1);
+}
+
+/* Start the zygote under a pid that no cell's program has: libraries that notice a fork by getpid(2) (OpenSSL's random
+ * generator) would otherwise see none, zygote and cell both being the second process of their namespaces. */
+static int
+start_zygote(char **argv, char **envp)
+{
+    static const char no_exec[] = "nursery: the interpreter cannot be executed\n";
+    uint32_t tid = ZYGOTE_PID;
+    struct sbx_clone_args args = {
+        .exit_signal = SBX_SIGCHLD, .set_tid = (uint64_t)(uintptr_t)&tid, .set_tid_size = 1};
+    uint64_t none = 0;
+    long pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
+
+    if (pid != 0)
+        return (int)pid;
+    sbx_call(SBX_NR_rt_sigprocmask, 2, &none, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_setsid);
+    sbx_move_fd(ZYGOTE, ENGINE);
+    sbx_close_from(ENGINE + 1);
+    sbx_call(SBX_NR_execve, argv[1], argv + 1, envp);
+    sbx_write_all(2, no_exec, sizeof(no_exec) - 1);
+    quit(127);
+}
+
+/* Reap whatever died. The zygote's death ends all. */
+static void
+reap(int signals, int zygote)
+{
+    char info[128];
+    long pid;
+
+    sbx_call(SBX_NR_read, signals, info, sizeof(info));
+    while ((pid = sbx_call(SBX_NR_wait4, -1, 0, SBX_WNOHANG | SBX_WALL, 0)) > 0)
+        if (pid == zygote)
+            quit(2);
+}
+
+__attribute__((used)) static _Noreturn void
+nursery_main(long *stack)
+{
+    long argc = stack[0];
+    char **argv = (char **)(stack + 1), **envp = argv + argc + 1;
+    uint64_t sigchld = 1ULL << (SBX_SIGCHLD - 1);
+    struct {
+        int fd;
+        short events, revents;
+    } polls[3] = {{.fd = ENGINE, .events = 1}, {.fd = OWNER, .events = 1}, {.fd = -1, .events = 1}};
+    int zygote;
+
+    sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0);
+    sbx_call(SBX_NR_rt_sigprocmask, 2, &sigchld, 0, sizeof(uint64_t));
+    polls[2].fd = (int)sbx_call(SBX_NR_signalfd4, -1, &sigchld, sizeof(uint64_t), SBX_O_NONBLOCK | SBX_O_CLOEXEC);
+    home_netns = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/ns/net", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);
+    for (int fd = ENGINE; fd <= OWNER; fd++)
+        sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
+    if (argc < 2 || polls[2].fd < 0 || home_netns < 0 || sbx_no_new_privs() < 0)
+        quit(3);
+    zygote = start_zygote(argv, envp);
+    sbx_close(ZYGOTE);
+    /* After the zygote is on its way: exec as root would otherwise find no capability to keep. */
+    if (zygote < 0 || sbx_drop_bounding() < 0)
+        quit(4);
+    for (;;) {
+        long n = sbx_call(SBX_NR_poll, polls, 3, -1);
+
+        if (n < 0 && n != -SBX_EINTR)
+            quit(5);
+        if (polls[1].revents)
+            quit(0);
+        if (polls[2].revents)
+            reap(polls[2].fd, zygote);
+        if (polls[0].revents)
+            answer();
+    }
+}
+
+__asm__(".text\n"
+        ".globl _start\n"
+        ".type _start, @function\n"
+        "_start:\n"
+        "    xor %ebp, %ebp\n"
+        "    mov %rsp, %rdi\n"
+        "    and $-16, %rsp\n"
+        "    call nursery_main\n"
+        "    hlt\n");

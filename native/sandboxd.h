@@ -1,0 +1,144 @@
+/* What the three faces of native/ share: the engine's extension (cffi), the cell's extension, the nursery executable.
+ *
+ * Convention: a function returns >= 0 on success and a negated errno on failure; it logs nothing and allocates nothing.
+ */
+#ifndef SANDBOXD_H
+#define SANDBOXD_H
+
+#include "syscall.h"
+
+/* Where a set-up step stands. Python turns the number into words (sandboxd/stages.py); only append. */
+enum sbx_stage {
+    SBX_STAGE_NONE = 0,
+    SBX_STAGE_CLONE = 1,     /* clone3 with the namespaces */
+    SBX_STAGE_MAPS = 2,      /* waiting for the id maps, becoming the mapped root */
+    SBX_STAGE_PRIVATE = 3,   /* mount propagation off */
+    SBX_STAGE_ROOT = 4,      /* the tmpfs that becomes the root */
+    SBX_STAGE_MOUNTS = 5,    /* what is put on it; detail = index of the operation */
+    SBX_STAGE_PIVOT = 6,     /* pivot_root and letting go of the host's tree */
+    SBX_STAGE_HOSTNAME = 7,
+    SBX_STAGE_FDS = 8,       /* descriptors put in place, all others closed */
+    SBX_STAGE_EXEC = 9,
+    SBX_STAGE_TMPFS = 10,    /* the cell's own writable file systems */
+    SBX_STAGE_PIPES = 11,
+    SBX_STAGE_NETNS = 12,    /* making or entering the leased network namespace */
+    SBX_STAGE_PROC = 13,
+    SBX_STAGE_ATTACH = 14,   /* moving those file systems into place */
+    SBX_STAGE_CGROUP = 15,   /* entering the leaf */
+    SBX_STAGE_NAMESPACES = 16, /* joining what the init made */
+    SBX_STAGE_CGROUPNS = 17,
+    SBX_STAGE_SESSION = 18,
+    SBX_STAGE_OOM = 19,
+    SBX_STAGE_RLIMITS = 20,
+    SBX_STAGE_IDS = 21,
+    SBX_STAGE_CAPS = 22,
+    SBX_STAGE_NNP = 23,
+    SBX_STAGE_LANDLOCK = 24,
+    SBX_STAGE_SECCOMP = 25,
+    SBX_STAGE_REQUEST = 26,  /* a request that makes no sense */
+    SBX_STAGE_THREADS = 27,  /* the zygote has more than one thread */
+};
+
+/* What a child that failed says on its report descriptor: one write, far below PIPE_BUF. */
+struct sbx_report {
+    uint32_t stage;
+    int32_t error;
+    uint32_t detail;
+};
+
+/* fd.c */
+int sbx_close(int fd);
+int sbx_close_from(unsigned int first);
+int sbx_move_fd(int from, int to);
+int sbx_open_beneath(int dirfd, const char *path, uint64_t flags, uint32_t mode);
+int sbx_pidfd_open(int pid);
+int sbx_pidfd_kill(int pidfd, int sig);
+int sbx_write_all(int fd, const void *data, size_t length);
+int sbx_read_all(int fd, void *data, size_t length);
+/* One SEQPACKET message with descriptors. recv: received descriptors are close-on-exec; a truncated message or
+ * control block closes them all and is -EMSGSIZE; *nfds is room on entry, count on return. Returns the length, 0 on
+ * end of file. */
+long sbx_send_fds(int sock, const void *data, size_t length, const int *fds, unsigned int nfds);
+long sbx_recv_fds(int sock, void *data, size_t room, int *fds, unsigned int *nfds);
+
+/* mount.c */
+struct sbx_op { /* one operation on the future root, as sandboxd/rootfs.py encodes it; data follows */
+    uint32_t kind, flags, mode, target_len, source_len, data_len;
+};
+enum sbx_op_kind { SBX_OP_DIR = 1, SBX_OP_FILE, SBX_OP_SYMLINK, SBX_OP_BIND, SBX_OP_TMPFS, SBX_OP_PROC };
+
+int sbx_make_fs(const char *type, const char *options, uint64_t attrs);
+int sbx_attach(int mount_fd, int dirfd, const char *path);
+int sbx_new_root(void);
+#define SBX_TREES 128
+int sbx_open_trees(const unsigned char *ops, size_t length, int *trees, uint32_t *failed);
+int sbx_build_root(int root, const unsigned char *ops, size_t length, const int *trees, uint32_t *failed);
+int sbx_enter_root(int root);
+
+/* ids.c */
+#define SBX_RLIMITS 16
+struct sbx_rlimit {
+    uint32_t resource, pad;
+    uint64_t soft, hard;
+};
+
+int sbx_become(uint32_t uid, uint32_t gid);
+int sbx_drop_bounding(void);
+int sbx_drop_caps(void);
+int sbx_no_new_privs(void);
+int sbx_set_rlimits(const struct sbx_rlimit *limits, unsigned int count);
+
+/* landlock.c */
+int sbx_landlock_abi(void);
+int sbx_landlock_seal(int abi);
+
+/* seccomp.c */
+struct sbx_filter { /* struct sock_fprog */
+    uint16_t length; /* instructions */
+    uint16_t pad[3];
+    const void *program;
+};
+int sbx_seccomp_install(const struct sbx_filter *filter);
+
+/* Messages between engine and nursery (SOCK_SEQPACKET, fixed size, host byte order: both ends are of one build). */
+struct sbx_init_request {
+    uint32_t slot;
+    uint32_t uid; /* within the user namespace; also the gid */
+    uint64_t workspace_bytes, workspace_files, tmp_bytes, tmp_files, shm_bytes, shm_files, code_bytes;
+};
+
+/* With it, on success: pidfd of the init, mount of /workspace, mount of /code, then the six pipe ends
+ * stdin read, stdin write, stdout read, stdout write, stderr read, stderr write. */
+#define SBX_INIT_FDS 9
+struct sbx_init_reply {
+    uint32_t slot;
+    struct sbx_report report; /* stage 0: the init lives */
+};
+
+/* Messages between engine and zygote. */
+enum sbx_cell_command { SBX_CELL_FORK = 1, SBX_CELL_REAP = 2 };
+
+/* FORK carries: pidfd of the init, stdin, stdout, stderr, channel, then the leaf's directory if has_cgroup, then
+ * ntasks descriptors of v1 tasks files. REAP carries nothing. */
+#define SBX_CELL_FDS 24
+struct sbx_cell_request {
+    uint32_t command, id;
+    int32_t pid; /* REAP: as FORK's reply gave it */
+    uint32_t uid, gid, has_cgroup, ntasks, nlimits;
+    struct sbx_rlimit limits[SBX_RLIMITS];
+};
+
+/* FORK's answer carries the pidfd of the cell. REAP's says how it ended: code and status as in siginfo_t. */
+struct sbx_cell_reply {
+    uint32_t command, id;
+    int32_t pid, code, status;
+    struct sbx_report report;
+};
+
+/* First packet on a cell's channel, sent by the cell itself. */
+struct sbx_cell_hello {
+    char magic[4]; /* "SBXC" */
+    struct sbx_report report; /* stage 0: every wall is up */
+};
+
+#endif

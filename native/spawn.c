@@ -1,0 +1,181 @@
+/* Processes that the engine's side starts: the engine itself, and the first process of a zygote's namespaces.
+ *
+ * Both are plain clone3(2): the child owns a copy of the caller's memory until it execs, so it may use only what the
+ * caller prepared and bare system calls. Nothing here may allocate or take a lock.
+ */
+#include "spawn.h"
+
+static _Noreturn void
+child_exit(int status)
+{
+    for (;;)
+        sbx_call(SBX_NR_exit_group, status);
+}
+
+static _Noreturn void
+child_fail(int report_fd, enum sbx_stage stage, int error, uint32_t detail)
+{
+    struct sbx_report report = {.stage = (uint32_t)stage, .error = error, .detail = detail};
+
+    sbx_write_all(report_fd, &report, sizeof(report));
+    child_exit(1);
+}
+
+/* As after exec from a shell: no handler, nothing ignored, nothing blocked. Handlers must go before the mask, else one
+ * of the caller's could run here. */
+static void
+default_signals(void)
+{
+    struct {
+        void *handler;
+        uint64_t flags;
+        void *restorer;
+        uint64_t mask;
+    } action = {0};
+    uint64_t none = 0;
+
+    for (long sig = 1; sig <= 64; sig++)
+        sbx_call(SBX_NR_rt_sigaction, sig, &action, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &none, 0, sizeof(uint64_t));
+}
+
+/* Move each descriptor to its place, lowest free numbers out of the way first, and close all that is not named. */
+static int
+place_fds(const int *fds, unsigned int count)
+{
+    int moved[8];
+
+    if (count > ARRAY_SIZE(moved))
+        return -SBX_EINVAL;
+    for (unsigned int i = 0; i < count; i++) {
+        moved[i] = (int)sbx_call(SBX_NR_fcntl, fds[i], 1030 /* F_DUPFD_CLOEXEC */, 64);
+        if (moved[i] < 0)
+            return moved[i];
+    }
+    for (unsigned int i = 0; i < count; i++) {
+        int r = sbx_move_fd(moved[i], (int)i);
+
+        if (r < 0)
+            return r;
+    }
+    return 0;
+}
+
+static long
+all_signals_blocked(uint64_t *old)
+{
+    uint64_t all = ~0ULL;
+
+    return sbx_call(SBX_NR_rt_sigprocmask, 2, &all, old, sizeof(uint64_t));
+}
+
+/* Start the engine, exec'ed, from the caller's program. No exit signal: the caller's SIGCHLD handler and its waits never
+ * hear of it (it is reaped through the pidfd with __WALL). A session of its own: the terminal's Ctrl-C is the caller's. */
+int
+sbx_launch(const struct sbx_launch *plan, int *pidfd)
+{
+    struct sbx_clone_args args = {.flags = SBX_CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)pidfd};
+    uint64_t old;
+    long pid, r = all_signals_blocked(&old);
+
+    if (r < 0)
+        return (int)r;
+    pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
+    if (pid == 0) {
+        default_signals();
+        sbx_call(SBX_NR_setsid);
+        if (place_fds(plan->fds, plan->nfds) < 0 || sbx_close_from(plan->nfds) < 0)
+            child_exit(126);
+        sbx_call(SBX_NR_chdir, "/");
+        sbx_call(SBX_NR_umask, 077);
+        sbx_call(SBX_NR_execve, plan->path, plan->argv, plan->envp);
+        child_exit(127);
+    }
+    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
+    return (int)pid;
+}
+
+/* The life of the zygote's first process up to exec, in its new namespaces. */
+static _Noreturn void
+zygote_child(const struct sbx_zygote_plan *plan)
+{
+    const int fds[] = {plan->null_fd, plan->log_fd, plan->log_fd, plan->engine_fd, plan->zygote_fd, plan->owner_fd,
+                       plan->nursery_fd, plan->report_fd};
+    int trees[SBX_TREES];
+    uint32_t detail = 0;
+    char go;
+    long r;
+    int root;
+
+    default_signals();
+    r = sbx_call(SBX_NR_mount, 0, "/", 0, SBX_MS_REC | SBX_MS_PRIVATE, 0);
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_PRIVATE, (int)-r, 0);
+    r = sbx_open_trees(plan->rootfs, plan->rootfs_length, trees, &detail);
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_MOUNTS, (int)-r, detail);
+    r = sbx_read_all(plan->go_fd, &go, 1); /* the id maps are written, the cgroup is entered */
+    if (r >= 0)
+        r = sbx_become(0, 0);
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_MAPS, (int)-r, 0);
+    root = sbx_new_root();
+    if (root < 0)
+        child_fail(plan->report_fd, SBX_STAGE_ROOT, -root, 0);
+    r = sbx_build_root(root, plan->rootfs, plan->rootfs_length, trees, &detail);
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_MOUNTS, (int)-r, detail);
+    r = sbx_enter_root(root);
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_PIVOT, (int)-r, 0);
+    r = sbx_call(SBX_NR_sethostname, "sandbox", 7);
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_HOSTNAME, (int)-r, 0);
+    sbx_call(SBX_NR_setsid);
+    r = place_fds(fds, ARRAY_SIZE(fds));
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_FDS, (int)-r, 0);
+    /* The program's image and the report end with exec; the others are the nursery's. */
+    for (int fd = 6; fd <= 7; fd++)
+        sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
+    r = sbx_close_from(ARRAY_SIZE(fds));
+    if (r < 0)
+        child_fail(7, SBX_STAGE_FDS, (int)-r, 0);
+    r = sbx_call(SBX_NR_execveat, 6, "", plan->argv, plan->envp, SBX_AT_EMPTY_PATH);
+    child_fail(7, SBX_STAGE_EXEC, (int)-r, 0);
+}
+
+/* New user, pid, mount, net, ipc and uts namespaces with one process in them, waiting on go_fd for its id maps. No
+ * cgroup namespace: CLONE_INTO_CGROUP by its children answers ENOENT for a target outside it. Returns the pid. */
+int
+sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
+{
+    struct sbx_clone_args args = {
+        .flags = SBX_CLONE_PIDFD | SBX_CLONE_NEWUSER | SBX_CLONE_NEWPID | SBX_CLONE_NEWNS | SBX_CLONE_NEWNET |
+                 SBX_CLONE_NEWIPC | SBX_CLONE_NEWUTS,
+        .pidfd = (uint64_t)(uintptr_t)pidfd,
+        .exit_signal = SBX_SIGCHLD,
+    };
+    uint64_t old;
+    long pid, r = all_signals_blocked(&old);
+
+    if (r < 0)
+        return (int)r;
+    pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
+    if (pid == 0)
+        zygote_child(plan);
+    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
+    return (int)pid;
+}
+
+/* setfsuid(2), setfsgid(2): file system access of this thread as another id, so that files put into a cell's tmpfs
+ * belong to it. Both return the previous id and no error: asking again tells whether it worked. */
+int
+sbx_file_ids(uint32_t uid, uint32_t gid)
+{
+    sbx_call(SBX_NR_setfsgid, gid);
+    sbx_call(SBX_NR_setfsuid, uid);
+    if ((uint32_t)sbx_call(SBX_NR_setfsuid, -1) != uid || (uint32_t)sbx_call(SBX_NR_setfsgid, -1) != gid)
+        return -SBX_EPERM;
+    return 0;
+}

@@ -1,0 +1,31 @@
+/* What only the engine's extension offers. */
+#ifndef SANDBOXD_SPAWN_H
+#define SANDBOXD_SPAWN_H
+
+#include "sandboxd.h"
+
+struct sbx_launch {
+    const char *path;
+    char *const *argv, *const *envp;
+    const int *fds; /* become 0, 1, 2, ... */
+    unsigned int nfds;
+};
+
+struct sbx_zygote_plan {
+    const unsigned char *rootfs;
+    size_t rootfs_length;
+    char *const *argv, *const *envp; /* of the nursery: argv[1...] is the zygote's command */
+    int go_fd;      /* one byte: go on */
+    int report_fd;  /* struct sbx_report on failure, end of file on success */
+    int null_fd, log_fd;
+    int engine_fd;  /* nursery's end of its channel */
+    int zygote_fd;  /* zygote's end of its channel */
+    int owner_fd;   /* pidfd of the engine */
+    int nursery_fd; /* the nursery's program */
+};
+
+int sbx_launch(const struct sbx_launch *plan, int *pidfd);
+int sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd);
+int sbx_file_ids(uint32_t uid, uint32_t gid);
+
+#endif

@@ -1,0 +1,223 @@
+"""Limits, counters and life-cycle on the cgroup v2 hierarchy. The twin of v1 uses CpuUsage and LifeCycle only.
+
+Runs in the engine. Source: Documentation/admin-guide/cgroup-v2.rst.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+
+from sandboxd.cgroup.files import Fds, Group, flat_keyed, pread_int, pread_text
+
+__all__ = [
+    "Bandwidth",
+    "CpuUsage",
+    "LifeCycle",
+    "Memory",
+    "Notifier",
+    "available_controllers",
+    "bound_memory",
+    "enable_controllers",
+    "swap_is_bounded",
+]
+
+_SWAP_LIMIT = "memory.swap.max"
+
+
+def available_controllers(group: Group) -> frozenset[str]:
+    """What the parent of *group* lets it hand on to its children: cgroup.controllers."""
+    return frozenset(group.read("cgroup.controllers").split())
+
+
+def enable_controllers(group: Group, controllers: tuple[str, ...]) -> tuple[str, ...]:
+    """Give the children of *group* these controllers; returns those that were off before.
+
+    Raises OSError: EBUSY when processes live in *group* itself ("No Internal Process Constraint"), ENOENT for a
+    controller that is not available.
+    """
+    enabled = group.read("cgroup.subtree_control").split()
+    added = tuple(name for name in controllers if name not in enabled)
+    if added:
+        group.write("cgroup.subtree_control", " ".join(f"+{name}" for name in added))
+    return added
+
+
+def bound_memory(group: Group, limit_bytes: int | None) -> None:
+    """Limits of the instance's own directory; they hold for the sum of what is below, and no page of it is swapped."""
+    if group.has(_SWAP_LIMIT):
+        group.write(_SWAP_LIMIT, "0")
+    if limit_bytes is not None:
+        group.write("memory.max", str(limit_bytes))
+
+
+def swap_is_bounded(group: Group) -> bool:
+    """Whether this kernel accounts swap per cgroup."""
+    return group.has(_SWAP_LIMIT)
+
+
+class Notifier:
+    """Turns the change notice of a control file into a descriptor that is *readable* until the file was read again.
+
+    kernfs always says "readable" and marks a change by POLLPRI | POLLERR, for which most event loops cannot ask. An
+    epoll instance that waits for it is itself readable exactly then.
+    """
+
+    def __init__(self, watched: int, fds: Fds) -> None:
+        self._watched = watched
+        epoll = select.epoll(1)
+        # A plain number with one owner, like every other descriptor here; epoll_create1 made it close-on-exec.
+        self.fd = fds.own(os.dup(epoll.fileno()))
+        epoll.register(watched, select.EPOLLPRI)
+        epoll.close()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget changes up to now, by reading the file."""
+        os.pread(self._watched, 4096, 0)
+
+
+class Memory:
+    """The memory files of one leaf. Values are bytes; counts are since ``begin``."""
+
+    def __init__(self, group: Group, fds: Fds) -> None:
+        self._group = group
+        group.write("memory.oom.group", "1")
+        if group.has(_SWAP_LIMIT):
+            group.write(_SWAP_LIMIT, "0")
+        self._usage = fds.own(group.open("memory.current"))
+        self._events = fds.own(group.open("memory.events"))
+        self._kills_before = self._hits_before = 0
+        self.peak_resettable = False
+        try:
+            self._peak = fds.own(group.open("memory.peak", os.O_RDWR))
+            os.pwrite(self._peak, b"reset", 0)  # Linux 6.12; what later reads of this very descriptor start from
+            self.peak_resettable = True
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EINVAL):
+                raise
+            self._peak = fds.own(group.open("memory.peak"))
+        self._notifier = Notifier(self._events, fds)
+        self.oom_fd = self._notifier.fd
+
+    def set_limit(self, limit_bytes: int | None) -> None:
+        self._group.write("memory.max", "max" if limit_bytes is None else str(limit_bytes))
+
+    def begin(self) -> None:
+        if self.peak_resettable:
+            os.pwrite(self._peak, b"reset", 0)
+        events = self._read_events()
+        self._kills_before = events.get("oom_kill", 0)
+        self._hits_before = events.get("max", 0)
+
+    def _read_events(self) -> dict[str, int]:
+        return flat_keyed(pread_text(self._events))
+
+    def oom_clear(self) -> None:
+        self._notifier.clear()
+
+    def oom_kills(self) -> int:
+        return self._read_events().get("oom_kill", 0) - self._kills_before
+
+    def limit_hits(self) -> int:
+        return self._read_events().get("max", 0) - self._hits_before
+
+    def peak(self) -> int:
+        return pread_int(self._peak)
+
+    def current(self) -> int:
+        return pread_int(self._usage)
+
+    def reclaim(self) -> None:
+        try:
+            self._group.write("memory.reclaim", str(self.current()))  # Linux 5.19
+        except OSError as error:
+            # EAGAIN: it freed less than asked for, which is what one expects here.
+            if error.errno not in (errno.EAGAIN, errno.EINTR, errno.ENOENT):
+                raise
+
+
+class Bandwidth:
+    """cpu.max and its neighbours of one leaf."""
+
+    def __init__(self, group: Group, fds: Fds) -> None:
+        self._group = group
+        self._stat = fds.own(group.open("cpu.stat"))
+        self._burst = group.has("cpu.max.burst")  # Linux 5.14
+        self._throttled_before = 0
+
+    def set_quota(self, quota_usec: int | None, period_usec: int) -> None:
+        """At most *quota_usec* of CPU time in each *period_usec*, None for no limit. Raises OSError."""
+        if self._burst:
+            self._group.write("cpu.max.burst", "0")  # burst <= quota holds at every moment: EINVAL
+        self._group.write("cpu.max", f"{'max' if quota_usec is None else quota_usec} {period_usec}")
+        if self._burst and quota_usec is not None:
+            self._group.write("cpu.max.burst", str(quota_usec))
+
+    def begin(self) -> None:
+        self._throttled_before = self._throttled()
+
+    def _throttled(self) -> int:
+        return flat_keyed(pread_text(self._stat)).get("throttled_usec", 0)
+
+    def throttled_usec(self) -> int:
+        return self._throttled() - self._throttled_before
+
+
+class CpuUsage:
+    """CPU time from cpu.stat, which every v2 cgroup has, also without a controller."""
+
+    def __init__(self, group: Group, fds: Fds) -> None:
+        self._stat = fds.own(group.open("cpu.stat"))
+        self._before = (0, 0, 0)
+
+    def _read(self) -> tuple[int, int, int]:
+        stat = flat_keyed(pread_text(self._stat))
+        return stat["usage_usec"], stat["user_usec"], stat["system_usec"]
+
+    def begin(self) -> None:
+        self._before = self._read()
+
+    def usage_usec(self) -> int:
+        return self._read()[0] - self._before[0]
+
+    def times_usec(self) -> tuple[int, int, int]:
+        """Total, user and system time. The total is exact; how it splits is the kernel's estimate from ticks."""
+        # Scaled anew at every read, so one part may step back by a few microseconds: clamped.
+        total, user, _ = (now - before for now, before in zip(self._read(), self._before, strict=True))
+        user = min(max(user, 0), total)
+        return total, user, total - user
+
+
+class LifeCycle:
+    """Whether a v2 directory is populated, stopping and killing it. *fd*, O_PATH, is for CLONE_INTO_CGROUP."""
+
+    def __init__(self, group: Group, fds: Fds) -> None:
+        self._group = group
+        self._fds = fds
+        self.fd = fds.own(group.open(".", os.O_PATH | os.O_DIRECTORY))
+        self._events = fds.own(group.open("cgroup.events"))
+        self._kill = fds.own(group.open("cgroup.kill", os.O_WRONLY))  # Linux 5.14
+        self._notifier: Notifier | None = None
+
+    def populated(self) -> bool:
+        return flat_keyed(pread_text(self._events))["populated"] != 0
+
+    def frozen(self) -> bool:
+        return flat_keyed(pread_text(self._events))["frozen"] != 0
+
+    def events_fd(self) -> int:
+        """Readable after a change of populated or frozen; ``populated`` and ``frozen`` clear it."""
+        if self._notifier is None:
+            self._notifier = Notifier(self._events, self._fds)
+        return self._notifier.fd
+
+    def kill(self) -> None:
+        """SIGKILL everything here and below, also what is being forked at this moment."""
+        os.write(self._kill, b"1")
+
+    def freeze(self, on: bool) -> None:
+        self._group.write("cgroup.freeze", "1" if on else "0")

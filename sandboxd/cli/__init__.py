@@ -1,0 +1,145 @@
+"""The command line: one click group, whose commands are imported only when they are used.
+
+Exit statuses are part of the contract. Whatever a command raises becomes one line on stderr and a status in one
+place (``CommandLine.invoke``): 2 for what the caller got wrong, 75 for an engine that is full, 125 for a host that
+cannot or a failure of ours, 130 for Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from sandboxd.cli import output
+from sandboxd.errors import Busy, InvalidRequest, PolicyError, SandboxError
+
+__all__ = ["CommandLine", "cli", "failure_status", "main"]
+
+EXIT_USAGE = 2
+EXIT_BUSY = 75
+EXIT_UNAVAILABLE = 125
+EXIT_INTERRUPTED = 130
+
+# name: (module, attribute, help line). The line stands here so that `sandboxd --help` imports none of them.
+COMMANDS = {
+    "run": ("sandboxd.cli.run", "run", "Run one program in a fresh cell."),
+    "serve": ("sandboxd.cli.serve", "serve", "Run the daemon on a Unix socket."),
+    "doctor": ("sandboxd.cli.doctor", "doctor", "Show what this host can enforce, and how to mend the rest."),
+    "policy": ("sandboxd.cli.policy", "policy", "List, show and check policies."),
+    "ps": ("sandboxd.cli.ps", "ps", "List the live cells of a daemon."),
+}
+
+# Promised names that have no code yet.
+LATER = {
+    "stats": "counters of a daemon",
+    "logs": "the audit record of a daemon",
+    "bench": "measuring the overhead of isolation",
+    "install-service": "installing the system service",
+    "mcp": "the Model Context Protocol server",
+}
+
+
+class CommandLine(click.Group):
+    """A group that imports a command's module when the command is used, and maps our errors to exit statuses."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in COMMANDS:
+            module, attribute, _ = COMMANDS[cmd_name]
+            command = getattr(import_module(module), attribute)
+            assert isinstance(command, click.Command)  # noqa: S101  narrows Any; COMMANDS is ours
+            return command
+        if cmd_name in LATER:
+            return later(cmd_name)
+        return None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SandboxError as error:
+            output.complain(output.describe(error))
+            ctx.exit(failure_status(error))
+        except KeyboardInterrupt:
+            ctx.exit(EXIT_INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception:  # not 1, which is the status of a program that raised
+            import traceback
+
+            output.complain("a failure of sandboxd itself; please report it with what follows")
+            traceback.print_exc()
+            ctx.exit(EXIT_UNAVAILABLE)
+
+
+def failure_status(error: SandboxError) -> int:
+    """The exit status of a command that *error* ended."""
+    if isinstance(error, PolicyError | InvalidRequest):
+        return EXIT_USAGE
+    if isinstance(error, Busy):
+        return EXIT_BUSY
+    return EXIT_UNAVAILABLE
+
+
+def later(name: str) -> click.Command:
+    """A command that takes any arguments and says that *name* comes in a later version."""
+
+    def refuse(arguments: tuple[str, ...]) -> None:
+        raise click.UsageError(f"'{name}' ({LATER[name]}) comes in a later version of sandboxd.")
+
+    return click.Command(
+        name,
+        callback=refuse,
+        params=[click.Argument(["arguments"], nargs=-1, type=click.UNPROCESSED)],
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+        hidden=True,
+    )
+
+
+def version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    """Print the installed version and exit; its source is the package's metadata, read only here."""
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib import metadata
+
+    try:
+        found = metadata.version("sandboxd")
+    except metadata.PackageNotFoundError:
+        found = "(not installed: run from a source tree)"
+    click.echo(f"sandboxd {found}")
+    ctx.exit(0)
+
+
+@click.group(cls=CommandLine, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=version, help="Show the version and exit."
+)
+def cli() -> None:
+    """Run code that a language model wrote in a fresh, sealed Linux process.
+
+    `sandboxd run FILE` runs one program; `sandboxd doctor` says what this host can enforce.
+    """
+
+
+def main() -> None:
+    """The ``sandboxd`` command, with the arguments of this process; never returns."""
+    # A caller may close descriptors 0 to 2; the next file opened here would then take such a number, and the program's
+    # output would go into it.
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    try:
+        cli(prog_name="sandboxd")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,405 @@
+"""Host ids for user namespaces: who may take which block, and how a block is kept to one engine.
+
+Each engine maps one block of host ids into the user namespaces of its zygotes. Inside, 0 is the zygote, 1 the inits of
+the cells, and 1000 + slot the cell in that slot, so that no two live cells share an id, whether they belong to one
+engine or to two. A block counts as uids and as gids alike.
+
+Where a block comes from, in this order (as root):
+
+1. the configured range, ``base:count``;
+2. the ranges that both /etc/subuid and /etc/subgid hold for ``sandboxd`` or ``root`` (by name or number);
+3. the range FALLBACK below, which no allocator is known to hand out.
+
+Blocks that overlap a login id, another user's subordinate ids (3 only) or that this user namespace does not map are
+passed over.
+
+Sources: user_namespaces(7), subuid(5), fcntl_locking(2); systemd, "Users, Groups, UIDs and GIDs on systemd Systems"
+(systemd.io/UIDS-GIDS).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pwd
+import shutil
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from sandboxd.errors import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from types import TracebackType
+
+ZYGOTE_ID = 0
+INIT_ID = 1
+FIRST_CELL_ID = 1000
+MAX_SLOTS = 4096
+
+FALLBACK_BLOCK = 65_536
+"""Blocks of the fallback range are aligned to this, so that the upper 16 bits name the block."""
+
+EXPLICIT_BLOCK = 8_192
+"""A range that somebody granted is scarce (65,536 ids as a rule): cut like this it serves eight engines, each with
+every slot (1000 + MAX_SLOTS ids)."""
+
+MIN_BLOCK = 2_048
+"""A granted range smaller than EXPLICIT_BLOCK is used whole, down to this size: 1,048 slots."""
+
+LOCK_FILE = Path("/run/sandboxd-ids.lock")
+
+OWNERS = ("sandboxd", "root")
+
+
+@dataclass(frozen=True, slots=True)
+class IdRange:
+    """*count* consecutive ids from *base* on."""
+
+    base: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The first id after the range."""
+        return self.base + self.count
+
+    def overlaps(self, other: IdRange) -> bool:
+        """Whether an id lies in both."""
+        return self.base < other.end and other.base < self.end
+
+    def contains(self, other: IdRange) -> bool:
+        """Whether every id of *other* lies in this range."""
+        return self.base <= other.base and other.end <= self.end
+
+
+# 0x00080000-0x6FFFFFFF is systemd-nspawn's and 0x7FFE0000-0x7FFEFFFF systemd's foreign-image range (UIDS-GIDS); above
+# 2^31 parts of the kernel read ids as negative numbers (same source). SSSD hands Active Directory users ids up to
+# 2,000,200,000 = 0x7738A140 (sssd-ldap(5), ldap_idmap_range_max): hence not from 0x70000000 on.
+FALLBACK = IdRange(0x78000000, 0x7FFE0000 - 0x78000000)
+
+# (uid_t) -1 is no id, nor is (uint16_t) -1; 65534 stands for whatever has no mapping. UIDS-GIDS, "Special Linux UIDs".
+_INVALID = IdRange(0xFFFF_FFFF, 1)
+_SPECIAL = IdRange(65_534, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class SlotIds:
+    """The ids of one block: *base* is the host id of the namespace's 0, *capacity* the number of slots."""
+
+    base: int
+    capacity: int = MAX_SLOTS
+
+    def __post_init__(self) -> None:
+        if not 0 < self.capacity <= MAX_SLOTS:
+            raise ValueError(f"capacity must lie in 1..{MAX_SLOTS}, not {self.capacity}")
+
+    @property
+    def guest_uids(self) -> range:
+        """guest_uid() of every slot."""
+        return range(FIRST_CELL_ID, FIRST_CELL_ID + self.capacity)
+
+    def guest_uid(self, slot: int) -> int:
+        """The id of the cell in *slot* as its own user namespace shows it; the gid is the same number.
+
+        Raises ValueError when there is no such slot.
+        """
+        if not 0 <= slot < self.capacity:
+            raise ValueError(f"slot must lie in 0..{self.capacity - 1}, not {slot}")
+        return FIRST_CELL_ID + slot
+
+    def host_uid(self, slot: int) -> int:
+        """The id of the cell in *slot* as the host shows it. Raises ValueError when there is no such slot."""
+        return self.base + self.guest_uid(slot)
+
+
+class IdBlock:
+    """A claimed block of host ids: this process's own until close() or its death, then free at once.
+
+    The descriptor behind it is close-on-exec; a child forked without exec must close its copy, for it keeps the claim.
+    """
+
+    def __init__(self, block: IdRange, fd: int) -> None:
+        self._range = block
+        self._fd = fd
+
+    @property
+    def base(self) -> int:
+        """The first host id: what 0 of the user namespace maps to."""
+        return self._range.base
+
+    @property
+    def count(self) -> int:
+        """How many consecutive ids the block holds."""
+        return self._range.count
+
+    @property
+    def id_map(self) -> str:
+        """The line for /proc/PID/uid_map, and the same for gid_map."""
+        return f"0 {self.base} {self.count}\n"
+
+    def slots(self, wanted: int = MAX_SLOTS) -> SlotIds:
+        """The block's slot ids: *wanted* of them, or as many as the block has."""
+        return SlotIds(self.base, min(wanted, MAX_SLOTS, self.count - FIRST_CELL_ID))
+
+    def close(self) -> None:
+        """Give the block back. Every process that used its ids must be gone. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"IdBlock({self.base}:{self.count}{'' if self._fd >= 0 else ', closed'})"
+
+
+# Pure: parsing and planning
+
+
+def parse_subordinate(text: str) -> list[tuple[str, IdRange]]:
+    """The entries (owner, range) of the text of /etc/subuid or /etc/subgid, in order.
+
+    The owner is a login name or a number in decimal. Lines that are not ``owner:base:count`` with a positive count are
+    left out, as newuidmap(1) leaves them.
+    """
+    entries = []
+    for line in text.splitlines():
+        fields = line.strip().split(":")
+        if len(fields) != 3 or not fields[0] or not all(_is_number(field) for field in fields[1:]):
+            continue
+        base, count = int(fields[1]), int(fields[2])
+        if count > 0 and base + count <= 1 << 32:
+            entries.append((fields[0], IdRange(base, count)))
+    return entries
+
+
+def parse_config(text: str) -> IdRange:
+    """The range that ``base:count`` names. Raises ValueError with the reason, worded for the operator."""
+    base_text, colon, count_text = text.strip().partition(":")
+    if not colon or not _is_number(base_text) or not _is_number(count_text):
+        raise ValueError(f"ids must be spelled 'base:count' in decimal, as in '1000000:65536', not {text!r}")
+    found = IdRange(int(base_text), int(count_text))
+    if found.count < MIN_BLOCK:
+        raise ValueError(f"ids needs at least {MIN_BLOCK} consecutive ids, not {found.count}")
+    if found.base < 1000 or found.end > _INVALID.base:
+        raise ValueError(f"ids must lie in 1000..{_INVALID.base - 1}, not {found.base}..{found.end - 1}")
+    if found.overlaps(_SPECIAL):
+        raise ValueError(f"ids must leave out 65534 (nobody) and 65535, not {found.base}..{found.end - 1}")
+    return found
+
+
+def parse_id_map(text: str) -> list[IdRange]:
+    """The ids that are valid in the reader's user namespace, from the text of its /proc/self/uid_map."""
+    rows = (line.split() for line in text.splitlines())
+    return [IdRange(int(row[0]), int(row[2])) for row in rows if len(row) == 3]
+
+
+def intersect(left: Iterable[IdRange], right: Sequence[IdRange]) -> list[IdRange]:
+    """The ranges of ids that are in both lists."""
+    common = []
+    for one in left:
+        for other in right:
+            base, end = max(one.base, other.base), min(one.end, other.end)
+            if base < end:
+                common.append(IdRange(base, end - base))
+    return common
+
+
+def cut(source: IdRange, size: int) -> Iterator[IdRange]:
+    """*source* in consecutive blocks of *size*; whole when it is smaller but has MIN_BLOCK; a remainder is dropped."""
+    if source.count < size:
+        if source.count >= MIN_BLOCK:
+            yield source
+        return
+    for base in range(source.base, source.end - size + 1, size):
+        yield IdRange(base, size)
+
+
+def usable(blocks: Iterable[IdRange], mapped: Sequence[IdRange], taken: Sequence[IdRange]) -> Iterator[IdRange]:
+    """Those of *blocks* that lie whole in one of *mapped* and touch none of *taken*."""
+    for block in blocks:
+        if any(area.contains(block) for area in mapped) and not any(block.overlaps(other) for other in taken):
+            yield block
+
+
+def login_ids(text: str) -> list[IdRange]:
+    """The ids in the third column of the text of /etc/passwd or /etc/group."""
+    rows = (line.split(":") for line in text.splitlines())
+    return [IdRange(int(row[2]), 1) for row in rows if len(row) > 3 and _is_number(row[2])]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 10
+
+
+# The host
+
+
+def subordinate_ranges(user: str | None = None, etc: Path = Path("/etc")) -> tuple[list[IdRange], list[IdRange]]:
+    """The subordinate uids and gids granted to *user* (default: the caller's), by name or by number.
+
+    What newuidmap(1) would let that user map; empty lists when nothing is granted.
+    """
+    names = {user} if user is not None else {str(os.getuid())}
+    try:
+        entry = pwd.getpwnam(user) if user is not None else pwd.getpwuid(os.getuid())
+        names |= {entry.pw_name, str(entry.pw_uid)}
+    except KeyError:
+        pass
+    return (_granted(etc / "subuid", names), _granted(etc / "subgid", names))
+
+
+def mapping_helpers() -> tuple[str | None, str | None]:
+    """Where newuidmap and newgidmap are, None for one that is not installed: what a rootless engine needs."""
+    return shutil.which("newuidmap"), shutil.which("newgidmap")
+
+
+def claim(config: str | None = None, *, etc: Path = Path("/etc"), lock_file: Path = LOCK_FILE) -> IdBlock:
+    """Claim a block of host ids that no other engine of this host holds.
+
+    The claim is an open-file-description write lock on the block's own byte range of *lock_file*, one byte per id:
+    blocks of different size conflict exactly when they overlap, and the kernel drops the lock with the last descriptor
+    of the open file, so a killed engine leaves nothing behind. Engines that do not see the same /run (other containers)
+    do not see each other's claims; they are kept apart by their own id maps or by *config*.
+
+    Runs as root in the user namespace in which the engine lives. Raises Unavailable (stage ``ids``): EPERM without
+    root, EUSERS when every block is taken, ERANGE when this user namespace maps none of them or others own them all,
+    EINVAL for a *config* that names no range, otherwise the errno of the lock file.
+    """
+    if os.geteuid() != 0:
+        raise Unavailable(
+            stage="ids",
+            errno=errno.EPERM,
+            message="only root can map a block of ids, and an engine of an ordinary user is not built yet",
+            fix="run as root",
+        )
+    blocks, origin = _candidates(config, etc)
+    if not blocks:
+        raise Unavailable(
+            stage="ids",
+            errno=errno.ERANGE,
+            message=f"{origin}: no block of these ids is mapped in this user namespace and free of other users",
+            fix="put a range that /proc/self/uid_map and gid_map cover and nobody uses, 65,536 ids or 8,192 at least, "
+            "into /etc/subuid and /etc/subgid as 'root:BASE:COUNT', or into the daemon's configuration as 'ids'",
+        )
+    fd = _open_lock(lock_file)
+    # Not always the first: processes of an engine that was just killed may need a moment to go.
+    first = os.getpid() % len(blocks)
+    try:
+        for block in (*blocks[first:], *blocks[:first]):
+            if origin == FALLBACK_ORIGIN and _known_to_nss(block.base):
+                continue
+            if _try_lock(fd, block):
+                claimed = IdBlock(block, fd)
+                fd = -1
+                return claimed
+    finally:
+        if fd >= 0:
+            os.close(fd)
+    raise Unavailable(
+        stage="ids",
+        errno=errno.EUSERS,
+        message=f"{origin}: every block of these ids is held by a running engine",
+        fix="close a Sandbox, or grant more ids (8,192 an engine) in /etc/subuid and /etc/subgid, or with 'ids' in the "
+        "daemon's configuration",
+    )
+
+
+FALLBACK_ORIGIN = f"the range {FALLBACK.base}..{FALLBACK.end - 1}"
+
+
+def _candidates(config: str | None, etc: Path) -> tuple[list[IdRange], str]:
+    """The blocks to try, in order, and the words for where they come from."""
+    mapped = intersect(_id_map("uid"), _id_map("gid"))
+    logins = [*login_ids(_read(etc / "passwd")), *login_ids(_read(etc / "group"))]
+    if config is not None:
+        try:
+            configured = parse_config(config)
+        except ValueError as error:
+            raise Unavailable(
+                stage="ids", errno=errno.EINVAL, message=str(error), fix="correct 'ids' in the configuration"
+            ) from None
+        return list(usable(cut(configured, EXPLICIT_BLOCK), mapped, logins)), f"the configured range {config}"
+    granted = []
+    for owner in OWNERS:
+        uids, gids = subordinate_ranges(owner, etc)
+        granted += intersect(uids, gids)
+    if granted:
+        blocks = (block for area in granted for block in cut(area, EXPLICIT_BLOCK))
+        return list(usable(blocks, mapped, logins)), "what /etc/subuid and /etc/subgid grant to sandboxd and root"
+    others = [area for name in ("subuid", "subgid") for _, area in parse_subordinate(_read(etc / name))]
+    return list(usable(cut(FALLBACK, FALLBACK_BLOCK), mapped, [*logins, *others])), FALLBACK_ORIGIN
+
+
+def _granted(path: Path, names: set[str]) -> list[IdRange]:
+    return [area for owner, area in parse_subordinate(_read(path)) if owner in names]
+
+
+def _id_map(kind: str) -> list[IdRange]:
+    return parse_id_map(Path(f"/proc/self/{kind}_map").read_text(encoding="ascii"))
+
+
+def _read(path: Path) -> str:
+    """The text of *path*; empty when there is no such file (each of them is optional)."""
+    try:
+        return path.read_text(encoding="utf-8", errors="surrogateescape")
+    except FileNotFoundError:
+        return ""
+
+
+def _known_to_nss(identifier: int) -> bool:
+    """Whether a directory service has a user with this id; UIDS-GIDS asks container managers to look at the first."""
+    try:
+        pwd.getpwuid(identifier)
+    except KeyError:
+        return False
+    return True
+
+
+def _open_lock(path: Path) -> int:
+    """Open, or make, the lock file: empty, regular, and root's alone, for who cannot open it cannot lock it."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        raise Unavailable(
+            stage="ids",
+            errno=error.errno or errno.EIO,
+            message=f"the lock file {path} cannot be opened",
+            fix=f"remove what is there; {path.parent} must be a writable directory",
+        ) from error
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077 or info.st_nlink != 1:
+        os.close(fd)
+        raise Unavailable(
+            stage="ids",
+            errno=errno.EPERM,
+            message=f"the lock file {path} is not a regular file of root's with mode 0600 and one name",
+            fix=f"remove {path}",
+        )
+    return fd
+
+
+# struct flock of x86-64: l_type, l_whence, l_start, l_len, l_pid. An OFD lock wants l_pid 0, and belongs to the open
+# file, not to the process: a second open in the same process conflicts as it should. Linux 3.15; fcntl_locking(2).
+_FLOCK = struct.Struct("hhqqi4x")
+
+
+def _try_lock(fd: int, block: IdRange) -> bool:
+    """Lock the bytes of *block*. False when another open file holds one of them."""
+    request = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, block.base, block.count, 0)
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, request)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True

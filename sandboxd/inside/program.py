@@ -1,0 +1,221 @@
+"""The cell's side of one run: receive it, run the source as ``python main.py`` would, say how it ended.
+
+Runs in the cell, every wall up, as the cell's own uid. Descriptors: 0 to 2 the program's streams, 3 the channel to the
+engine. What is said here is the program's word only: limits, times and kills are the engine's to know.
+"""
+
+import ast
+import atexit
+import builtins
+import io
+import json
+import os
+import sys
+import threading
+import traceback
+import types
+
+CHANNEL = 3
+PACKET = 1 << 18
+MESSAGE_CHARACTERS = 4096
+TRACEBACK_CHARACTERS = 16384
+RESULT_CHARACTERS = 32768
+FRAME_BYTES = 180_000  # below the smallest usual socket buffer (net.core.wmem_default, 212992)
+
+
+def clip(text: str, characters: int) -> str:
+    """*text*, its middle replaced by a mark when it is longer than *characters*."""
+    if len(text) <= characters:
+        return text
+    half = characters // 2
+    return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
+
+
+def reseed() -> None:
+    """What the zygote drew from is shared by its cells: everything random starts anew from the kernel.
+
+    The `random` module does so by its own at-fork hook. tempfile compares pids, OpenSSL too; numpy does nothing.
+    """
+    modules = sys.modules
+    if "numpy.random" in modules:
+        modules["numpy.random"].seed()
+    if "random" in modules:
+        modules["random"].seed()
+    if "tempfile" in modules:
+        modules["tempfile"]._name_sequence = None
+    if "uuid" in modules:
+        modules["uuid"]._last_timestamp = None
+    if "_ssl" in modules:
+        modules["_ssl"].RAND_add(os.urandom(32), 32.0)
+
+
+def is_users(filename: str) -> bool:
+    """Whether a frame of *filename* belongs to the user's own code."""
+    if filename.startswith("<"):
+        return not filename.startswith("<frozen")
+    return filename.startswith(("/code/", "/workspace/"))
+
+
+def without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
+    """*trace* from the user's first frame on."""
+    while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
+        trace = trace.tb_next
+    return trace
+
+
+def only_users(report: traceback.TracebackException) -> None:
+    """Drop library frames from *report* and from all that it was raised from."""
+    seen = set()
+    pending = [report]
+    while pending:
+        one = pending.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        one.stack[:] = [frame for frame in one.stack if is_users(frame.filename)]
+        pending += [one.__cause__, one.__context__, *(one.exceptions or [])]
+
+
+def described(error: BaseException, path: str) -> dict[str, object]:
+    """*error* as the Result has it, with the errno of an OSError for the engine's limits_hit."""
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        message = str(error)
+    except Exception:
+        message = f"<{name} whose str() failed>"
+    line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == path:
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    try:
+        report = traceback.TracebackException(kind, error, error.__traceback__, compact=True)
+        only_users(report)
+        text = "".join(report.format())
+    except Exception:
+        text = f"{name}: {message}\n"
+    number = error.errno if isinstance(error, OSError) and isinstance(error.errno, int) else None
+    return {
+        "type": name,
+        "message": clip(message, MESSAGE_CHARACTERS),
+        "traceback": clip(text, TRACEBACK_CHARACTERS),
+        "line": line if isinstance(line, int) else None,
+        "errno": number,
+    }
+
+
+class Program:
+    """One program: its source, its module, and what came of it."""
+
+    def __init__(self, request: dict[str, object]) -> None:
+        self.path = f"/code/{request['filename']}"
+        self.wants_results = request["results"]
+        self.pid = os.getpid()
+        self.exit_code = 0
+        self.error: dict[str, object] | None = None
+        self.results: list[dict[str, str]] = []
+        module = types.ModuleType("__main__")
+        module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None)
+        sys.modules["__main__"] = module
+        self.names = module.__dict__
+        sys.argv = [self.path, *request["args"]]
+        os.environ.update(request["env"])
+        sys.path_importer_cache.pop("/workspace", None)
+
+    def execute(self) -> None:
+        """Compile and run; the value of a last expression is kept when the caller wants results."""
+        with io.open_code(self.path) as file:
+            source = file.read()
+        if not self.wants_results:
+            exec(compile(source, self.path, "exec", dont_inherit=True), self.names)
+            return
+        tree = compile(source, self.path, "exec", flags=ast.PyCF_ONLY_AST, dont_inherit=True)
+        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, self.path, "exec", dont_inherit=True), self.names)
+        if last is None:
+            return
+        value = eval(compile(ast.Expression(last.value), self.path, "eval", dont_inherit=True), self.names)
+        if value is not None:
+            self.results.append({"text/plain": clip(repr(value), RESULT_CHARACTERS)})
+
+    def ended_by(self, error: BaseException) -> None:
+        """As the interpreter treats what leaves a program: SystemExit is an exit, all else a traceback and status 1."""
+        if isinstance(error, SystemExit):
+            code = error.code
+            if code is None:
+                self.exit_code = 0
+            elif isinstance(code, int):
+                self.exit_code = code & 0xFF
+            else:
+                print(code, file=sys.stderr)
+                self.exit_code = 1
+            return
+        self.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
+        error.__traceback__ = without_ours(error.__traceback__)
+        if os.getpid() == self.pid:
+            self.error = described(error, self.path)
+        sys.excepthook(type(error), error, error.__traceback__)
+
+    def run(self) -> None:
+        try:
+            self.execute()
+        except BaseException as error:
+            self.guard(self.ended_by, error)
+        # The order of Py_FinalizeEx: threads, atexit, streams.
+        self.guard(threading._shutdown)
+        self.guard(atexit._run_exitfuncs)
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None and not stream.closed:
+                    stream.flush()
+            except BaseException:
+                self.exit_code = self.exit_code or 120  # as Py_FinalizeEx does when a flush fails
+
+    def guard(self, step: object, *arguments: object) -> None:
+        """Run a step of the end, which may itself run the user's code (excepthook, atexit) and fail."""
+        try:
+            step(*arguments)
+        except SystemExit as error:
+            self.exit_code = error.code & 0xFF if isinstance(error.code, int) else self.exit_code
+        except BaseException as error:
+            self.exit_code = self.exit_code or 1
+            try:
+                traceback.print_exception(type(error), error, without_ours(error.__traceback__))
+            except BaseException:
+                return
+
+    def report(self) -> None:
+        """The finished frame. A child of the program that came this far says nothing: the program is another process."""
+        if os.getpid() != self.pid:
+            return
+        frame = {"exit_code": self.exit_code, "error": self.error, "results": self.results}
+        data = json.dumps(frame, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        limit = RESULT_CHARACTERS
+        while len(data) > FRAME_BYTES and limit > 64:
+            limit //= 2
+            if self.error:
+                self.error["traceback"] = clip(self.error["traceback"], limit)
+                self.error["message"] = clip(self.error["message"], limit)
+            self.results[:] = [{kind: clip(text, limit) for kind, text in one.items()} for one in self.results]
+            data = json.dumps(frame, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        os.write(CHANNEL, data)
+
+
+def main() -> None:
+    """From the fork to the end of the process; never returns."""
+    code = 1
+    program = None
+    try:
+        request = json.loads(os.read(CHANNEL, PACKET))
+        reseed()
+        program = Program(request)
+        program.run()
+        code = program.exit_code
+        program.report()
+    except BaseException:
+        # The channel was closed by the program, or memory is gone: the wait status must do.
+        code = code or (program.exit_code if program else 1)
+    finally:
+        os._exit(code)

@@ -1,0 +1,63 @@
+"""The zygote: an interpreter that imports and warms what a policy names, then forks cells until its engine is gone.
+
+Runs as root of its own user namespace, in its own pid, mount, net, ipc and uts namespaces on the read-only root, with an
+empty environment but for a few fixed variables; descriptor 3 is the engine's. It is executed as a script by the image's
+interpreter and imports the standard library and one native object. No byte that a tenant sent ever comes here: a cell
+reads its program after the fork, in its own process.
+"""
+
+import gc
+import json
+import os
+import sys
+
+ENGINE = 3
+PACKET = 1 << 18
+
+
+def say(message: dict[str, object]) -> None:
+    """One packet to the engine."""
+    os.write(ENGINE, json.dumps(message).encode())
+
+
+def preload(names: list[str], warmup: str) -> None:
+    """Import *names* and run *warmup* in a namespace that is thrown away; the first failure is the engine's to explain."""
+    step = ""
+    try:
+        for step in names:
+            __import__(step)
+        if warmup:
+            step = "warmup"
+            exec(compile(warmup, "<warmup>", "exec"), {"__name__": "__warmup__"})
+    except BaseException as error:
+        # Also SystemExit and KeyboardInterrupt: a library that ends the zygote has failed to load.
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        say({"ok": False, "step": step, "missing": missing, "error": f"{type(error).__name__}: {error}"[:2000]})
+        os._exit(1)
+
+
+def main() -> bool:
+    """Prepare, report, serve. True in a cell, False in the zygote at its end."""
+    config = json.loads(os.read(ENGINE, PACKET))
+    filter_program = os.read(ENGINE, PACKET)
+    preload(config["preload"], config["warmup"])
+    # Streams exist before the fork and are the same objects after it, on other files.
+    sys.stdout.reconfigure(line_buffering=True)
+    sys.path[0] = "/workspace"
+    for name in ("_cell", "program"):
+        del sys.modules[name]
+    threads = len(os.listdir("/proc/self/task"))
+    landlock_abi = _cell.prepare(filter_program, config["walls_down"])
+    gc.collect()
+    gc.freeze()  # last: what lives now is shared by all cells, and their collector leaves its pages alone
+    say({"ok": True, "landlock_abi": landlock_abi, "threads": threads, "version": list(sys.version_info[:3])})
+    return _cell.serve(ENGINE)
+
+
+if __name__ == "__main__":
+    import _cell
+    import program
+
+    if main():
+        program.main()
+    os._exit(0)

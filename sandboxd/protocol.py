@@ -1,0 +1,234 @@
+"""Packets between a client and an engine, over a SOCK_SEQPACKET Unix socket.
+
+A packet is a fixed head, then a JSON object, then a binary payload. The kernel keeps packets whole, so there is no
+half-read frame and no length that a peer could announce and not deliver. What does not fit into INLINE_BYTES travels in
+one sealed memfd instead: payload first, JSON behind it. The receiver checks the seals and the size before it reads, so
+that the sender can neither change what was checked nor make a read block (a descriptor of FUSE or a pipe would).
+
+Conversation: the client says ``hello`` with its version, the engine answers ``hello``; then one request at a time
+(``run``, ``ps``). During a run the engine may send ``output``; the client may send ``cancel`` or close the connection,
+which is the same. The run ends with ``result`` or ``refused``. Pure standard library; both sides import it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import mmap
+import os
+import socket
+import struct
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sandboxd.errors import ProtocolError
+
+__all__ = [
+    "JSON_BYTES",
+    "PAYLOAD_BYTES",
+    "VERSION",
+    "Packet",
+    "pack",
+    "receive",
+    "send",
+]
+
+VERSION: Final = 1
+MAGIC: Final = b"SBXD"
+_HEAD: Final = struct.Struct("<4sBBHIQ")  # magic, version, flags, zero, JSON bytes, payload bytes
+_IN_MEMFD: Final = 1
+
+INLINE_BYTES: Final = 64 << 10  # well below net.core.wmem_default, the largest packet that can be sent
+JSON_BYTES: Final = 8 << 20
+JSON_DEPTH: Final = 32
+PAYLOAD_BYTES: Final = 4 << 30
+
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(slots=True)
+class Packet:
+    """One received packet. *payload* is bytes, or the descriptor of a sealed memfd that begins with it; whoever takes
+    the packet owns the descriptor.
+    """
+
+    message: dict[str, Any]
+    payload: bytes | int
+    payload_bytes: int
+
+    def close(self) -> None:
+        """Close a descriptor that nobody took."""
+        payload, self.payload = self.payload, b""
+        if isinstance(payload, int):
+            os.close(payload)
+
+    def take_bytes(self) -> Buffer:
+        """The payload as a buffer: a read-only mapping when it came in a memfd. The descriptor is closed."""
+        if isinstance(self.payload, bytes):
+            return self.payload
+        try:
+            if self.payload_bytes == 0:
+                return b""
+            return memoryview(mmap.mmap(self.payload, self.payload_bytes, prot=mmap.PROT_READ))
+        finally:
+            self.close()
+
+
+def sealed(parts: Iterable[Buffer]) -> int:
+    """A close-on-exec memfd that holds *parts* end to end and that nobody can change any more."""
+    fd = os.memfd_create("sandboxd", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        for part in parts:
+            view = memoryview(part).cast("B") if len(part) else memoryview(b"")
+            while len(view):
+                view = view[os.write(fd, view) :]
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def pack(message: dict[str, Any], payload: Sequence[Buffer] = (), filled: int | None = None) -> tuple[list[Buffer], int]:
+    """The buffers of one packet, and a memfd that goes with it or -1; the caller sends and closes it.
+
+    *payload* is one or more buffers. *filled* is instead an unsealed memfd that already holds the payload; it becomes
+    this packet's.
+    """
+    text = json.dumps(message, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    size = os.fstat(filled).st_size if filled is not None else sum(len(part) for part in payload)
+    if len(text) > JSON_BYTES or size > PAYLOAD_BYTES:
+        if filled is not None:
+            os.close(filled)
+        raise ProtocolError(f"A message of {len(text):,} + {size:,} bytes is too large to be sent.")
+    if filled is None and len(text) + size <= INLINE_BYTES:
+        return [_HEAD.pack(MAGIC, VERSION, 0, 0, len(text), size), text, *payload], -1
+    if filled is None:
+        fd = sealed((*payload, text))
+    else:
+        fd = filled
+        try:
+            os.pwrite(fd, text, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+    return [_HEAD.pack(MAGIC, VERSION, _IN_MEMFD, 0, len(text), size)], fd
+
+
+def send(sock: socket.socket, message: dict[str, Any], payload: Sequence[Buffer] = ()) -> None:
+    """Send one packet. Raises OSError as sendmsg(2) does, BlockingIOError on a full non-blocking socket."""
+    buffers, fd = pack(message, payload)
+    try:
+        send_packed(sock, buffers, fd)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def send_packed(sock: socket.socket, buffers: Sequence[Buffer], fd: int) -> None:
+    """Send what ``pack`` made; the descriptor stays the caller's."""
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))] if fd >= 0 else []
+    sock.sendmsg(buffers, control, socket.MSG_NOSIGNAL)
+
+
+def receive(sock: socket.socket, flags: int = 0) -> Packet | None:
+    """One packet, or None at the end of the connection.
+
+    Raises ProtocolError for anything that is not a packet, BlockingIOError when none is there on a non-blocking socket.
+    """
+    # recv_fds() drops its flags (gh-107898): a descriptor would be open across exec for a moment.
+    data, control, got, _ = sock.recvmsg(
+        INLINE_BYTES + _HEAD.size, socket.CMSG_LEN(4 * 4), flags | socket.MSG_CMSG_CLOEXEC
+    )
+    fds = [
+        fd
+        for level, kind, raw in control
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
+        for fd in struct.unpack(f"{len(raw) // 4}i", raw[: len(raw) // 4 * 4])
+    ]
+    try:
+        if not data and not fds:
+            return None
+        if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ProtocolError("A packet is longer than the protocol allows.")
+        return _parse(data, fds)
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _parse(data: bytes, fds: list[int]) -> Packet:
+    if len(data) < _HEAD.size:
+        raise ProtocolError("A packet is too short to be one.")
+    magic, version, flags, zero, text_bytes, payload_bytes = _HEAD.unpack_from(data)
+    if magic != MAGIC:
+        raise ProtocolError("The other side does not speak sandboxd's protocol.")
+    if version != VERSION:
+        raise ProtocolError(f"The other side speaks version {version} of the protocol; this side speaks {VERSION}.")
+    if flags not in (0, _IN_MEMFD) or zero or text_bytes > JSON_BYTES or payload_bytes > PAYLOAD_BYTES:
+        raise ProtocolError("A packet's head is out of bounds.")
+    if flags == 0:
+        if fds or len(data) != _HEAD.size + text_bytes + payload_bytes:
+            raise ProtocolError("A packet's lengths do not add up.")
+        text = data[_HEAD.size : _HEAD.size + text_bytes]
+        return Packet(loads(text), data[_HEAD.size + text_bytes :], payload_bytes)
+    if len(fds) != 1 or len(data) != _HEAD.size:
+        raise ProtocolError("A packet's lengths do not add up.")
+    try:
+        held = fcntl.fcntl(fds[0], fcntl.F_GET_SEALS)
+    except OSError:
+        held = 0
+    if held & _SEALS != _SEALS:
+        raise ProtocolError("A packet's descriptor is not a sealed memfd.")
+    if os.fstat(fds[0]).st_size != text_bytes + payload_bytes:
+        raise ProtocolError("A packet's lengths do not add up.")
+    return Packet(loads(os.pread(fds[0], text_bytes, payload_bytes)), fds[0], payload_bytes)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ProtocolError("A message has a key twice.")
+    return found
+
+
+def _no_constant(name: str) -> Any:
+    raise ProtocolError(f"A message holds {name}, which is not JSON.")
+
+
+def loads(data: bytes) -> dict[str, Any]:
+    """A JSON object from an untrusted side: bounded depth, no NaN, no key twice. Raises ProtocolError."""
+    depth = deepest = 0
+    inside = escaped = False
+    if data.count(b"[") + data.count(b"{") > JSON_DEPTH:  # else it cannot be deeper
+        for byte in data:
+            if inside:
+                if escaped:
+                    escaped = False
+                elif byte == 0x5C:
+                    escaped = True
+                elif byte == 0x22:
+                    inside = False
+            elif byte == 0x22:
+                inside = True
+            elif byte in b"[{":
+                depth += 1
+                deepest = max(deepest, depth)
+            elif byte in b"]}":
+                depth -= 1
+        if deepest > JSON_DEPTH:
+            raise ProtocolError(f"A message is nested more than {JSON_DEPTH} deep.")
+    try:
+        found = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except ProtocolError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"A message is not JSON: {error}.") from None
+    if not isinstance(found, dict):
+        raise ProtocolError("A message is not a JSON object.")
+    return found
