@@ -87,7 +87,7 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
         if (place_fds(plan->fds, plan->nfds) < 0 || sbx_close_from(plan->nfds) < 0)
             child_exit(126);
         sbx_call(SBX_NR_chdir, "/");
-        sbx_call(SBX_NR_umask, 077);
+        sbx_call(SBX_NR_umask, 022);
         sbx_call(SBX_NR_execve, plan->path, plan->argv, plan->envp);
         child_exit(127);
     }

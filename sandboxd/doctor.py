@@ -1,8 +1,9 @@
-"""What this host can enforce: each wall, for the three ways in which an engine may run, with how to mend what is missing.
+"""What this host can enforce: each wall, for the three ways to run an engine, and how to mend what is missing.
 
-``survey`` asks the kernel by calling it (``sandboxd.probe``, a process of its own) and turns the answers into a Report of plain
-data; ``prove`` runs one program in a cell of the default policy and keeps the receipt. Nothing is judged by a version number
-where a call can tell; what cannot be asked from here, such as what another user's cgroup allows, is "unknown".
+``survey`` asks the kernel by calling it (``sandboxd.probe``, a process of its own) and turns the answers into a
+Report of plain data; ``prove`` runs one program in a cell of the default policy and keeps the receipt. Nothing is
+judged by a version number where a call can tell; what cannot be asked from here, such as what another user's cgroup
+allows, is "unknown".
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ NOBODY = 65534
 PROBE_SECONDS = 120
 
 ROOTLESS_LATER = "an engine of an ordinary user comes in a later version of sandboxd; until then run it as root"
+REPORT_IT = "this is no refusal of the kernel's but a failure of sandboxd or its installation: please report it"
 ASK_AS_USER = "run `sandboxd doctor` as that user"
 
 
@@ -59,7 +61,7 @@ class Wall:
 
 @dataclass(frozen=True)
 class Proof:
-    """A program that was run in a cell of the default policy; *isolation* is the receipt, *problem* why there is none."""
+    """A program run in a cell of the default policy: *isolation* is the receipt, *problem* says why there is none."""
 
     ok: bool
     isolation: dict[str, Any] | None
@@ -105,14 +107,17 @@ def survey() -> Report:
     uid = os.geteuid()
     own = _probe([])
     ordinary = _probe(["--as", str(NOBODY)]) if uid == 0 else None
-    subordinate = own["subordinate_ids"]["detail"] or {"ranges": [], "helpers": []}
+    subordinate = _granted(own)
     mode = current_mode(uid, subordinate["ranges"], subordinate["helpers"])
     return Report(mode, walls(mode, own, ordinary), host.facts())
 
 
 def _probe(arguments: list[str]) -> Answers:
     command = [sys.executable, "-m", "sandboxd.probe", *arguments]
-    done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise OSError(errnos.ETIMEDOUT, f"the probe did not end within {PROBE_SECONDS} s") from None
     try:
         return dict(json.loads(done.stdout))
     except ValueError:
@@ -199,7 +204,20 @@ def _words(answer: Mapping[str, Any]) -> str:
 def _finding(answer: Mapping[str, Any], detail: Callable[[Any], str], fix: Callable[[int | None], str]) -> Finding:
     if answer["errno"] == 0:
         return Finding("in force", detail(answer["detail"]))
-    return Finding("missing", _words(answer), fix(answer["errno"]))
+    if answer["errno"] is None and fix in (_fix_native, _fix_libseccomp):  # an ImportError
+        return Finding("missing", _words(answer), fix(None))
+    return _refusal(answer, fix(answer["errno"]))
+
+
+def _refusal(answer: Mapping[str, Any], fix: str) -> Finding:
+    """A probe that did not get through; without an errno it was no refusal of the kernel's, and *fix* would mislead."""
+    return Finding("missing", _words(answer), REPORT_IT if answer["errno"] is None else fix)
+
+
+def _granted(own: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The subordinate id "ranges" of this user and the mapping "helpers"; empty when they could not be asked."""
+    asked = own["subordinate_ids"]
+    return dict(asked["detail"]) if asked["errno"] == 0 else {"ranges": [], "helpers": []}
 
 
 def _engine() -> dict[Mode, Finding]:
@@ -214,21 +232,18 @@ def _engine() -> dict[Mode, Finding]:
 
 def _own_uid(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Finding]:
     asked = own["own_ids"]
-    unavailable = (asked["detail"] or {}).get("unavailable")
     if mode != "root":
         root = Finding("unknown", "only root can tell", "run `sandboxd doctor` as root")
     elif asked["errno"] != 0:
-        root = Finding(
-            "missing", _words(asked), "give this process CAP_SETUID and CAP_SETGID, or run it as root of the host"
-        )
-    elif unavailable:
-        root = Finding("missing", asked["detail"]["text"], unavailable["fix"])
+        root = _refusal(asked, "give this process CAP_SETUID and CAP_SETGID, or run it as root of the host")
+    elif "unavailable" in asked["detail"]:
+        root = Finding("missing", asked["detail"]["text"], asked["detail"]["unavailable"]["fix"])
     else:
         detail = asked["detail"]
         root = Finding(
             "in force", f"host ids {detail['base']} to {detail['base'] + detail['count'] - 1} were mapped and used"
         )
-    granted = own["subordinate_ids"]["detail"] or {"ranges": [], "helpers": []}
+    granted = _granted(own)
     if not granted["helpers"] or not all(granted["helpers"]):
         rootless = Finding(
             "missing", "newuidmap and newgidmap are not installed", "install the package uidmap (shadow-utils)"
@@ -253,7 +268,7 @@ def _own_uid(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Findin
 def _network(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Finding]:
     asked = own["network"]
     if asked["errno"] != 0:
-        here = Finding("missing", _words(asked), _fix_userns(asked["errno"]))
+        here = _refusal(asked, _fix_userns(asked["errno"]))
     elif asked["detail"]:
         here = Finding(
             "missing", f"a fresh namespace holds {', '.join(asked['detail'])}", "find out who configures new namespaces"
@@ -265,11 +280,10 @@ def _network(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Findin
 
 def _cgroup(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Finding]:
     asked = own["cgroups"]
-    detail = asked["detail"] or {}
+    detail = asked["detail"]
     if asked["errno"] != 0:
-        here = Finding(
-            "missing",
-            _words(asked),
+        here = _refusal(
+            asked,
             "run it as root, or start it in a delegated cgroup: systemd-run --user --scope -p Delegate=yes COMMAND",
         )
     elif "unavailable" in detail:
@@ -329,8 +343,8 @@ def _fix_userns(number: int | None) -> str:
     if number in (errnos.ENOSPC, errnos.EUSERS):
         return "raise the limits in /proc/sys/user, such as: sysctl user.max_user_namespaces=10000"
     return (
-        "allow user namespaces: kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0 or an "
-        "AppArmor profile, and in a container a seccomp profile that lets unshare through"
+        "allow user namespaces: kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0 or "
+        "an AppArmor profile, and in a container a seccomp profile that lets unshare through"
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno as errno_module
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,9 +28,12 @@ __all__ = [
 
 
 class SandboxError(Exception):
-    """Root of every error of sandboxd; its string is one or two plain sentences."""
+    """Root of every error of sandboxd; its string is one or two plain sentences.
 
-    _fields: tuple[str, ...] = ("message",)
+    *fields* names the attributes that make up an error of this class, in the order of its arguments.
+    """
+
+    fields: ClassVar[tuple[str, ...]] = ("message",)
 
     def __init__(self, message: str = "") -> None:
         super().__init__(message)
@@ -40,11 +43,11 @@ class SandboxError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), tuple(getattr(self, name) for name in self._fields))
+        return _rebuild, (type(self), tuple(getattr(self, name) for name in self.fields))
 
     def plain(self) -> dict[str, Any]:
         """The error as values that JSON can carry; ``from_plain`` is the way back."""
-        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in self._fields}}
+        return {"kind": type(self).__name__, **{name: getattr(self, name) for name in self.fields}}
 
 
 class PolicyError(SandboxError):
@@ -53,7 +56,7 @@ class PolicyError(SandboxError):
     *file* and *line* say where it stands in a policy file, *key* is the dotted path of the key; each may be absent.
     """
 
-    _fields = ("message", "file", "line", "key")
+    fields = ("message", "file", "line", "key")
 
     def __init__(self, message: str, file: str | None = None, line: int | None = None, key: str | None = None) -> None:
         super().__init__(message)
@@ -69,7 +72,7 @@ class PolicyError(SandboxError):
 class InvalidRequest(SandboxError, ValueError):
     """An argument of a run is wrong; *field* names it and the message says what is allowed. Nothing was started."""
 
-    _fields = ("field", "problem")
+    fields = ("field", "problem")
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
@@ -84,7 +87,7 @@ class Unavailable(SandboxError):
     operator can do about it.
     """
 
-    _fields = ("stage", "errno", "fix", "message")
+    fields = ("stage", "errno", "fix", "message")
 
     def __init__(self, stage: str, errno: int | None, fix: str, message: str = "") -> None:
         super().__init__(message)
@@ -106,7 +109,7 @@ class Busy(SandboxError):
     *retry_after* is the engine's own guess, in seconds.
     """
 
-    _fields = ("retry_after",)
+    fields = ("retry_after",)
 
     def __init__(self, retry_after: float) -> None:
         super().__init__(f"The engine is full and the run was not started; try again in {retry_after:.3g} s.")
@@ -118,7 +121,7 @@ class ConnectionLost(SandboxError):
     killed.
     """
 
-    _fields = ("may_have_started",)
+    fields = ("may_have_started",)
 
     def __init__(self, may_have_started: bool) -> None:
         super().__init__(
@@ -163,10 +166,10 @@ def _rebuild(kind: type[SandboxError], values: tuple[Any, ...]) -> SandboxError:
 def from_plain(plain: Mapping[str, Any]) -> SandboxError:
     """The error that ``plain`` described. Raises ProtocolError when *plain* is nothing of the kind."""
     kind = _KINDS.get(plain["kind"]) if isinstance(plain.get("kind"), str) else None
-    if kind is None or set(plain) != {"kind", *kind._fields}:
+    if kind is None or set(plain) != {"kind", *kind.fields}:
         raise ProtocolError("The other side reported an error in a form that is not in the protocol.")
-    values = tuple(plain[name] for name in kind._fields)
-    for name, value in zip(kind._fields, values, strict=True):
+    values = tuple(plain[name] for name in kind.fields)
+    for name, value in zip(kind.fields, values, strict=True):
         if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
             raise ProtocolError(f"The other side reported an error whose {name!r} is of a wrong type.")
     return kind(*values)

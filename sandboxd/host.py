@@ -1,7 +1,7 @@
 """Facts about this host that no wall depends on, but that a careful operator wants to know: each with what it means.
 
-Everything is read from files below one root directory, so that tests can hand in another; memory and CPUs come from psutil.
-A fact is "ok", deserves "attention", or is "unknown" where this kernel does not say.
+Everything is read from files below one root directory, so that tests can hand in another; memory and CPUs come from
+psutil. A fact is "ok", deserves "attention", or is "unknown" where this kernel does not say.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _SWITCHES = (
         "core_pattern",
         "proc/sys/kernel/core_pattern",
         lambda text: not text.startswith("|"),
-        "a core_pattern that is a pipe starts a program as root on the host when a cell crashes, whatever RLIMIT_CORE says",
+        "a pipe starts a program as root on the host when a cell crashes, whatever RLIMIT_CORE says",
         "sysctl kernel.core_pattern=core",
     ),
     _Switch(
@@ -144,7 +144,7 @@ _SWITCHES = (
         "apparmor_restrict_unprivileged_userns",
         "proc/sys/kernel/apparmor_restrict_unprivileged_userns",
         lambda text: text == "0",
-        "1 takes the capabilities out of user namespaces of everybody but root (Ubuntu's switch); it matters only without root",
+        "1 makes user namespaces useless to all but root (Ubuntu's switch); it matters only without root",
         "an AppArmor profile with 'userns,' for the interpreter, if sandboxd shall run without root",
         absent="ok",
     ),
@@ -190,7 +190,7 @@ def platform_problems(machine: str, release: str, python: tuple[int, int], *, wi
 
 
 def cgroup_mode(mountinfo: str) -> str:
-    """ "v2", "v1", "hybrid" (controllers on v1, a v2 tree beside them) or "none", from the text of /proc/self/mountinfo."""
+    """The text of /proc/self/mountinfo as "v2", "v1", "hybrid" (controllers on v1, a v2 tree beside them) or "none"."""
     kinds = {
         tail[0]
         for _, dash, back in (line.partition(" - ") for line in mountinfo.splitlines())

@@ -171,7 +171,7 @@ def parse_subordinate(text: str) -> list[tuple[str, IdRange]]:
     The owner is a login name or a number in decimal. Lines that are not ``owner:base:count`` with a positive count are
     left out, as newuidmap(1) leaves them.
     """
-    entries = []
+    entries: list[tuple[str, IdRange]] = []
     for line in text.splitlines():
         fields = line.strip().split(":")
         if len(fields) != 3 or not fields[0] or not all(_is_number(field) for field in fields[1:]):
@@ -205,7 +205,7 @@ def parse_id_map(text: str) -> list[IdRange]:
 
 def intersect(left: Iterable[IdRange], right: Sequence[IdRange]) -> list[IdRange]:
     """The ranges of ids that are in both lists."""
-    common = []
+    common: list[IdRange] = []
     for one in left:
         for other in right:
             base, end = max(one.base, other.base), min(one.end, other.end)
@@ -268,8 +268,9 @@ def claim(config: str | None = None, *, etc: Path = Path("/etc"), lock_file: Pat
 
     The claim is an open-file-description write lock on the block's own byte range of *lock_file*, one byte per id:
     blocks of different size conflict exactly when they overlap, and the kernel drops the lock with the last descriptor
-    of the open file, so a killed engine leaves nothing behind. Engines that do not see the same /run (other containers)
-    do not see each other's claims; they are kept apart by their own id maps or by *config*.
+    of the open file, so a killed engine leaves nothing behind but the empty file itself. That stays: were it unlinked,
+    the next engine would lock another one. Engines that do not see the same /run (other containers) do not see each
+    other's claims; their own id maps or *config* keep them apart.
 
     Runs as root in the user namespace in which the engine lives. Raises Unavailable (stage ``ids``): EPERM without
     root, EUSERS when every block is taken, ERANGE when this user namespace maps none of them or others own them all,
@@ -329,7 +330,7 @@ def _candidates(config: str | None, etc: Path) -> tuple[list[IdRange], str]:
                 stage="ids", errno=errno.EINVAL, message=str(error), fix="correct 'ids' in the configuration"
             ) from None
         return list(usable(cut(configured, EXPLICIT_BLOCK), mapped, logins)), f"the configured range {config}"
-    granted = []
+    granted: list[IdRange] = []
     for owner in OWNERS:
         uids, gids = subordinate_ranges(owner, etc)
         granted += intersect(uids, gids)

@@ -16,7 +16,7 @@ import sys
 import sysconfig
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sandboxd.errors import Unavailable
 
@@ -103,16 +103,15 @@ class Interpreter:
             facts = None
         if not isinstance(facts, dict):
             raise _unavailable(errno.ENOEXEC, f"{path} does not answer as a Python interpreter does")
-        return cls._checked(facts, path)
+        return cls._checked(cast("dict[str, Any]", facts), path)
 
     @classmethod
     def _checked(cls, facts: Mapping[str, Any], source: str) -> Interpreter:
         """An Interpreter from what one said of itself. Raises Unavailable as probe() does."""
-        version = facts.get("version")
+        version = cast("list[Any]", facts["version"]) if isinstance(facts.get("version"), list) else []
         words = {name: facts.get(name) for name in (*_PATHS, "implementation", "platform")}
         if (
-            not isinstance(version, list)
-            or len(version) != 3
+            len(version) != 3
             or not all(type(part) is int for part in version)
             or not all(isinstance(word, str) and "\0" not in word for word in words.values())
         ):

@@ -229,7 +229,7 @@ def _in_range(limit: Limit, number: float, given: object) -> int | float:
     elif isinstance(number, int):
         # Not float(number): an integer beyond 1e308 would overflow there instead of being refused below.
         number = float(max(min(number, 1 << 62), -(1 << 62)))
-    if not math.isfinite(number):
+    if isinstance(number, float) and not math.isfinite(number):
         raise _refusal(limit, given, f'no limit is spelled "{UNLIMITED}"' if limit.unlimited is None else "")
     if number < limit.lowest:
         if number == 0 and limit.unlimited is None:

@@ -1,10 +1,11 @@
 """Look into a network namespace and say what is in it that should not be: the second opinion on the network wall.
 
-A cell's namespace is never configured, so it holds a loopback interface that is down, no address and no route. This module
-asks the kernel by rtnetlink, through pyroute2, and is used by the self-test, ``doctor`` and the tests; nothing on the path of
-a request imports it.
+A cell's namespace is never configured, so it holds a loopback interface that is down, no address and no route. This
+module asks the kernel by rtnetlink, through pyroute2, and is used by the self-test, ``doctor`` and the tests; nothing
+on the path of a request imports it.
 
-``python -m sandboxd.netns_check`` makes a fresh user and network namespace, checks that, and prints a JSON array of problems.
+``python -m sandboxd.netns_check`` makes a fresh user and network namespace, checks that, and prints a JSON array of
+problems.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ _FAMILIES = ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6"))
 def check_empty(netns: int | str | os.PathLike[str] | None = None) -> list[str]:
     """What the network namespace *netns* holds beyond a loopback interface that is down; empty when nothing.
 
-    *netns* is an open descriptor or a path such as ``/proc/PID/ns/net``; None is the caller's own. The check runs in a thread
-    of its own, which alone enters the namespace. Raises OSError when the namespace cannot be opened or entered (setns(2):
-    CAP_SYS_ADMIN in its user namespace and in ours).
+    *netns* is an open descriptor or a path such as ``/proc/PID/ns/net``; None is the caller's own. The check runs in
+    a thread of its own, which alone enters the namespace. Raises OSError when the namespace cannot be opened or
+    entered (setns(2): CAP_SYS_ADMIN in its user namespace and in ours).
     """
     fd = (
         -1 if netns is None else os.dup(netns) if isinstance(netns, int) else os.open(netns, os.O_RDONLY | os.O_CLOEXEC)

@@ -12,7 +12,7 @@ import json
 import re
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
 
@@ -139,16 +139,17 @@ def _tuple_of(check: Callable[[str], str | None]) -> PlainValidator:
     def validate(value: object) -> tuple[str, ...]:
         if not isinstance(value, list | tuple):
             raise ValueError(f"{shown(value)} is not allowed; it must be a list of strings")
-        for item in value:
+        items: dict[str, None] = {}
+        for item in cast("Iterable[object]", value):
             if not isinstance(item, str):
                 raise ValueError(f"{shown(item)} is not allowed in this list; it holds strings")
             wrong = check(item)
             if wrong:
                 raise ValueError(f"{shown(item)} is not allowed in this list; {wrong}")
-        if len(set(value)) != len(value):
-            twice = next(item for item in value if value.count(item) > 1)
-            raise ValueError(f"{shown(twice)} stands in this list twice")
-        return tuple(value)
+            if item in items:
+                raise ValueError(f"{shown(item)} stands in this list twice")
+            items[item] = None
+        return tuple(items)
 
     return PlainValidator(validate)
 
@@ -306,8 +307,9 @@ class Policy(BaseModel):
     def with_limits(self, limits: Limits) -> Policy:
         """This policy with *limits* in place of its own: the operator's way, which may widen as well as narrow."""
         values = {**self.limits.plain(), **limits.plain()}
-        own = {name: getattr(self, name) for name in type(self).model_fields}
-        return Policy(**{**own, "limits": PolicyLimits.model_construct(None, **values)})
+        own: dict[str, Any] = {name: getattr(self, name) for name in type(self).model_fields}
+        own["limits"] = PolicyLimits.model_construct(None, **values)
+        return Policy(**own)
 
 
 # What the file format has and this version does not do; a later version drops the row.
@@ -322,12 +324,12 @@ _NOT_YET: Final[tuple[tuple[str, str, Callable[[Any], bool], str], ...]] = (
 
 def _conflicts(policy: Policy) -> list[PolicyError]:
     """What is wrong with a policy whose keys are each valid: not offered yet, or in conflict with another."""
-    found = []
+    found: list[PolicyError] = []
     for section, key, refused, words in _NOT_YET:
         value = getattr(getattr(policy, section), key)
         if refused(value):
             path = f"{section}.{key}"
-            as_written = list(value) if isinstance(value, tuple) else value
+            as_written = list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
             found.append(PolicyError(f"{path}: this version does not offer {shown(as_written)}; {words}.", key=path))
     both = sorted(set(policy.seccomp.allow) & set(policy.seccomp.deny))
     if both:
@@ -468,7 +470,7 @@ def _read(file: Path) -> str:
 
 def _problems(error: ValidationError, under: tuple[str, ...] = ()) -> list[PolicyError]:
     """Pydantic's findings in our words; *under* is put before each key's path."""
-    found = []
+    found: list[PolicyError] = []
     for detail in error.errors(include_url=False):
         location = (*under, *(str(part) for part in detail["loc"]))
         key = ".".join(location)
@@ -506,7 +508,7 @@ def _unknown_key(location: tuple[str, ...]) -> str:
         section = Policy.model_fields[location[0]].annotation
         fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else ()
     what = f"[{location[0]}]" if len(location) > 1 else "a policy"
-    near = _nearest(location[-1], fields)
+    near = _nearest(location[len(location) - 1], fields)
     hint = f"; did you mean {near!r}? Its keys" if near else "; its keys"
     return f"there is no such key in {what}{hint} are {', '.join(fields)}"
 

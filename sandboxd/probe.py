@@ -1,8 +1,8 @@
 """Ask this kernel, by calling it, what a sandbox needs: ``python -m sandboxd.probe`` prints one JSON object.
 
-A process of its own, because every probe changes the process it runs in; ``doctor`` reads the answer. Each probe runs in a
-forked child that is thrown away, so none sees what another did. Written with ctypes and the standard library only, so that
-it also works where the native extension does not; the numbers are those of x86-64.
+A process of its own, because every probe changes the process it runs in; ``doctor`` reads the answer. Each probe runs
+in a forked child that is thrown away, so none sees what another did. Written with ctypes and the standard library
+only, so that it also works where the native extension does not; the numbers are those of x86-64.
 
 With ``--as UID`` the process gives up root first: what an ordinary user of this host could do.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["COMMON", "NAMESPACES", "OWN", "USER", "Refused", "attempt"]
 
 PROBE_SECONDS = 10
+GETPPID = 110
 
 NR = {
     "pivot_root": 155,
@@ -80,11 +81,11 @@ def _check(result: int, step: str) -> int:
     return result
 
 
-def _argument(value: int | bytes | None | ctypes.Array[Any]) -> Any:
+def _argument(value: int | bytes | ctypes.Array[Any] | None) -> Any:
     return ctypes.c_long(value) if isinstance(value, int) else value
 
 
-def _syscall(name: str, *arguments: int | bytes | None | ctypes.Array[Any]) -> int:
+def _syscall(name: str, *arguments: int | bytes | ctypes.Array[Any] | None) -> int:
     return _check(_libc.syscall(ctypes.c_long(NR[name]), *map(_argument, arguments)), name)
 
 
@@ -166,7 +167,7 @@ def rootfs() -> None:
     _syscall("fsconfig", context, FSCONFIG_SET_STRING, b"nr_inodes", b"64", 0)
     _syscall("fsconfig", context, FSCONFIG_CMD_CREATE, None, None, 0)
     root = _syscall("fsmount", context, 1, MS_NOSUID | MS_NODEV)
-    _syscall("move_mount", root, b"", AT_FDCWD, b"/tmp", MOVE_MOUNT_F_EMPTY_PATH)  # noqa: S108 (in our own namespace)
+    _syscall("move_mount", root, b"", AT_FDCWD, b"/tmp", MOVE_MOUNT_F_EMPTY_PATH)
     os.chdir("/tmp")  # noqa: S108
     os.mkdir("usr")
     tree = _syscall("open_tree", AT_FDCWD, b"/usr", OPEN_TREE_CLONE | os.O_CLOEXEC | AT_RECURSIVE)
@@ -227,7 +228,7 @@ def process_calls() -> list[str]:
             os._exit(0)
         raise Refused(errno.EIO, "clone3 accepted a cgroup that does not exist")
     pidfd = os.pidfd_open(os.getpid())
-    signal.pidfd_send_signal(pidfd, 0)  # type: ignore[arg-type]  # 0 only asks, kill(2)
+    signal.pidfd_send_signal(pidfd, 0)  # 0 only asks, kill(2)
     _syscall("close_range", 1 << 20, 1 << 20, 0)
     how = ctypes.create_string_buffer(struct.pack("3Q", os.O_PATH | os.O_CLOEXEC, 0, RESOLVE_BENEATH), 24)
     _syscall("openat2", AT_FDCWD, b".", how, 24)
@@ -270,28 +271,25 @@ def seccomp() -> list[str]:
             _syscall("seccomp", SECCOMP_GET_ACTION_AVAIL, 0, ctypes.create_string_buffer(struct.pack("I", action), 4))
         except Refused as error:
             raise Refused(error.errno, f"seccomp: action {name}") from None
-    _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
-    load, jump, end = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
-    program = ctypes.create_string_buffer(
-        b"".join(
-            struct.pack("HBBI", *instruction)
-            for instruction in (
-                (load, 0, 0, 0),
-                (jump, 0, 1, 110),  # getppid
-                (end, 0, 0, SECCOMP_ACTIONS["ERRNO"] | errno.EDOM),
-                (end, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
-            )
-        )
-    )
-    _syscall(
-        "seccomp",
-        SECCOMP_SET_MODE_FILTER,
-        0,
-        ctypes.create_string_buffer(struct.pack("HxxxxxxQ", 4, ctypes.addressof(program)), 16),
-    )
-    if _libc.syscall(ctypes.c_long(110)) != -1 or ctypes.get_errno() != errno.EDOM:
+    refuse(GETPPID, errno.EDOM)
+    if _libc.syscall(ctypes.c_long(GETPPID)) != -1 or ctypes.get_errno() != errno.EDOM:
         raise Refused(errno.EEXIST, "the filter was loaded and did not refuse")
     return list(SECCOMP_ACTIONS)
+
+
+def refuse(number: int, error: int) -> None:
+    """Load a filter under which the system call *number* answers *error*, for this process and its children."""
+    _check(_libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl(PR_SET_NO_NEW_PRIVS)")
+    load, jump, end = 0x20, 0x15, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_RET|K
+    instructions = (
+        (load, 0, 0, 0),
+        (jump, 0, 1, number),
+        (end, 0, 0, SECCOMP_ACTIONS["ERRNO"] | error),
+        (end, 0, 0, 0x7FFF0000),  # SECCOMP_RET_ALLOW
+    )
+    program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in instructions))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(instructions), ctypes.addressof(program)), 16)
+    _syscall("seccomp", SECCOMP_SET_MODE_FILTER, 0, header)
 
 
 def native() -> str:
@@ -327,7 +325,10 @@ def own_ids() -> dict[str, Any]:
     try:
         block = ids.claim()
     except Unavailable as error:
-        return {"unavailable": error.plain(), "text": str(error)}
+        return {
+            "unavailable": error.plain(),
+            "text": f"{error.stage}: {error.message}" if error.message else str(error),
+        }
     with block:
         _use_range(block.base, block.count)
         return {"base": block.base, "count": block.count}
@@ -380,7 +381,10 @@ def cgroups() -> dict[str, Any]:
         with cgroup.Instance.create(cgroup.discover(), cgroup.Bounds()) as instance:
             return dict(instance.facts())
     except Unavailable as error:
-        return {"unavailable": error.plain(), "text": str(error)}
+        return {
+            "unavailable": error.plain(),
+            "text": f"{error.stage}: {error.message}" if error.message else str(error),
+        }
 
 
 def network() -> list[str]:

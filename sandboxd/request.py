@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, ValidationError
 
@@ -22,14 +22,14 @@ __all__ = ["RunRequest", "check_guest_path"]
 def _sizes(files: object) -> dict[str, int]:
     if not isinstance(files, dict):
         raise InvalidRequest("files", f"it must map guest paths to sizes, not {type(files).__name__}")
-    return dict(wire.check_files(files.items()))
+    return dict(wire.check_files(cast("dict[object, object]", files).items()))
 
 
 def _stdin(stdin: object) -> bytes | None:
     if stdin is None or isinstance(stdin, bytes):
         return stdin
     if isinstance(stdin, bytearray | memoryview):
-        return bytes(stdin)
+        return bytes(cast("bytearray | memoryview", stdin))
     raise InvalidRequest("stdin", f"it must be bytes or None, not {type(stdin).__name__}")
 
 

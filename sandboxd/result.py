@@ -75,7 +75,7 @@ class _Contents:
                 return bytes(self._buffer[offset : offset + size])
             if self._fd is None:
                 raise ValueError("The contents of this Result's files are gone: it was closed.")
-            parts = []
+            parts: list[bytes] = []
             while size:
                 part = os.pread(self._fd, size, offset)  # at most 0x7ffff000 bytes at once, read(2)
                 if not part:
@@ -324,9 +324,13 @@ class Result(BaseModel):
             for stream in ("stdout", "stderr"):
                 offset, size = header[stream]
                 body[stream] = str(contents.read(*_span(offset, size, contents.size)), "utf-8", "replace")
-            offsets, files = [], []
-            for entry in header["files"]:
-                own = dict(entry)
+            offsets: list[int] = []
+            files: list[dict[str, Any]] = []
+            entries: list[Any] = header["files"]
+            if not isinstance(header["files"], list):
+                raise TypeError("files is not a list")
+            for entry in entries:
+                own: dict[str, Any] = dict(entry)
                 offsets.append(_span(own.pop("offset"), own["size_bytes"], contents.size)[0])
                 check_guest_path(own["path"])
                 files.append(own)
@@ -344,7 +348,7 @@ class Result(BaseModel):
             return result
         result._contents = contents
         for file, offset in zip(result.files, offsets, strict=True):
-            file._contents, file._offset = contents, offset
+            file._contents, file._offset = contents, offset  # pyright: ignore[reportPrivateUsage]  one module
         return result
 
     def to_dict(self) -> dict[str, Any]:

@@ -350,7 +350,7 @@ def _walk(tree: HostTree, path: str, python: Interpreter) -> Walk:
 def _system_walks(tree: HostTree) -> list[Walk]:
     """/usr and its companions in the root directory, as far as the host has them."""
     usr = tree.resolve("/usr") or "/usr"
-    walks = []
+    walks: list[Walk] = []
     for name in _SYSTEM:
         try:
             walk = tree.walk(f"/{name}")

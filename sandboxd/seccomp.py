@@ -109,7 +109,7 @@ def _load(profile: str | Path) -> Profile:
         if not path.is_file():
             shipped = ", ".join(profiles())
             raise PolicyError(
-                f"seccomp.profile: there is no profile {profile!r}; there are {shipped}, and OCI files ending in .json.",
+                f"seccomp.profile: there is no profile {profile!r}; there are {shipped} and OCI files ending in .json.",
                 key="seccomp.profile",
             )
     else:

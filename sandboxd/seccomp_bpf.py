@@ -94,7 +94,7 @@ def compile(profile: Profile, *, marker_errno: int | None = None) -> bytes:
     program = _link(frame, [_rest(shown), *map(_section, sections)])
     if len(program) > INSTRUCTIONS_MAX:
         raise PolicyError(
-            f"seccomp.profile: {profile.name} is {len(program)} instructions long; the kernel takes {INSTRUCTIONS_MAX}.",
+            f"seccomp.profile: {profile.name} is {len(program)} instructions; the kernel takes {INSTRUCTIONS_MAX}.",
             key="seccomp.profile",
         )
     content = b"".join(_INSTRUCTION.pack(one.code, one.if_true, one.if_false, one.k) for one in program)
@@ -399,7 +399,7 @@ def _fetch(offset: int, mask: int) -> Iterator[_Instruction]:
 
 def _prove(program: Sequence[_Instruction], profile: Profile) -> None:
     """Compare *program* with *profile*: each number up to past the newest, each row, with and without high bits."""
-    for number in (*range(max(NEWEST, *profile.numbers) + 64), NO_CALL):
+    for number in (*range(max((NEWEST, *profile.numbers)) + 64), NO_CALL):
         for answer in profile.verdict(number):
             if answer.arguments is None:
                 continue

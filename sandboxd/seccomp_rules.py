@@ -233,7 +233,7 @@ class Profile:
         return self.default_action
 
     def verdict(self, number: int) -> tuple[Answer, ...]:
-        """Everything that can happen to *number*: an answer for each row, in order, with an example of its arguments."""
+        """Everything that can happen to *number*: an answer for each row, in order, with an example of arguments."""
         rows = self.rows(number & WORD)
         if not rows:
             return (Answer(self.decide(number)),)
@@ -266,18 +266,21 @@ def _example(rows: tuple[Rule, ...], wanted: int) -> Arguments | None:
 
 
 def _interesting(rows: tuple[Rule, ...], wanted: int, argument: int) -> Iterator[int]:
-    """Values of one register at which some row's answer may change, those that the wanted row asks for first."""
+    """Values of one register at which some row's answer may change, those near what the wanted row asks for first."""
     yield _REGISTER
-    without = _REGISTER
-    for row in (rows[wanted], *rows):
-        for test in row.tests:
-            if test.argument != argument:
-                continue
-            around = _REGISTER & ~test.mask
-            yield around | test.value
-            yield around | (test.value - 1 & test.mask)
-            yield around | (test.value + 1 & test.mask)
-            without &= around
-            yield without
-            if test.value == 0:
-                yield from (around | 1 << bit for bit in range(64) if test.mask >> bit & 1)
+    fixed, most = 0, _REGISTER
+    for test in rows[wanted].tests:
+        if test.argument == argument and test.op == "==":
+            fixed, most = fixed | test.mask, most & ~test.mask | test.value
+    yield most
+    for test in (test for row in rows for test in row.tests if test.argument == argument):
+        most &= ~(test.mask & ~fixed)  # the bits that any row asks about, cleared one row after the other
+        yield most
+    for test in (test for row in (rows[wanted], *rows) for test in row.tests if test.argument == argument):
+        around = _REGISTER & ~test.mask
+        yield around | test.value
+        yield around | (test.value - 1 & test.mask)
+        yield around | (test.value + 1 & test.mask)
+        yield around
+        if test.value == 0:
+            yield from (around | 1 << bit for bit in range(64) if test.mask >> bit & 1)

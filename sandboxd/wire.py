@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sandboxd.errors import InvalidRequest, PolicyError, ProtocolError
 from sandboxd.limits import LIMITS, LimitValue, resolved, shown
@@ -61,19 +61,18 @@ class Run:
 def check_code(code: object) -> str:
     """Source text: a str, or bytes in UTF-8, at most 16 MiB as UTF-8 and without NUL. Raises InvalidRequest."""
     if isinstance(code, str):
-        # Short text needs no second copy to be measured; lone surrogates are not text that can be written down.
+        text = code
         try:
-            size = len(code) if code.isascii() else len(code.encode())
+            size = len(text) if text.isascii() else len(text.encode())  # ASCII needs no copy to be measured
         except UnicodeEncodeError as error:
             raise InvalidRequest("code", f"it is not text: a lone surrogate at character {error.start}") from None
-        text = code
     elif isinstance(code, bytes | bytearray | memoryview):
-        size = code.nbytes if isinstance(code, memoryview) else len(code)
-        if size <= CODE_MAX_BYTES:
-            try:
-                text = str(code, "utf-8")
-            except UnicodeDecodeError as error:
-                raise InvalidRequest("code", f"it is not text in UTF-8: byte {error.start} cannot be decoded") from None
+        content = memoryview(cast("bytes | bytearray | memoryview", code))
+        size = content.nbytes
+        try:
+            text = str(content, "utf-8") if size <= CODE_MAX_BYTES else ""
+        except UnicodeDecodeError as error:
+            raise InvalidRequest("code", f"it is not text in UTF-8: byte {error.start} cannot be decoded") from None
     else:
         raise InvalidRequest("code", f"it must be str, or bytes in UTF-8, not {type(code).__name__}")
     if size > CODE_MAX_BYTES:
@@ -103,7 +102,7 @@ def check_args(args: object) -> tuple[str, ...]:
     """The program's arguments: strings without NUL. Raises InvalidRequest."""
     if not isinstance(args, list | tuple):
         raise InvalidRequest("args", f"it must be a list of str, not {type(args).__name__}")
-    return tuple(_word(f"args[{index}]", item) for index, item in enumerate(args))
+    return tuple(_word(f"args[{index}]", item) for index, item in enumerate(cast("Iterable[object]", args)))
 
 
 def check_env(env: object, args: Iterable[str] = ()) -> dict[str, str]:
@@ -115,8 +114,8 @@ def check_env(env: object, args: Iterable[str] = ()) -> dict[str, str]:
     """
     if not isinstance(env, Mapping):
         raise InvalidRequest("env", f"it must map str to str, not {type(env).__name__}")
-    checked = {}
-    for name, value in env.items():
+    checked: dict[str, str] = {}
+    for name, value in cast("Mapping[object, object]", env).items():
         if not isinstance(name, str) or not _ENV_NAME.fullmatch(name):
             raise InvalidRequest(
                 "env", f"{shown(name)} is not a variable's name; allowed: letters, digits and _, no digit first"
@@ -249,8 +248,8 @@ def parse_header(header: Mapping[str, Any], payload: bytes | bytearray | memoryv
     for key, types in _HEADER_TYPES.items():
         if not isinstance(header[key], types) or (isinstance(header[key], bool) and bool not in types):
             raise ProtocolError(f"A run's header has a wrong type at {key!r}.")
-    pairs = header["files"]
-    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+    pairs: list[Any] = header["files"]
+    if not all(isinstance(pair, list) for pair in pairs) or any(len(pair) != 2 for pair in pairs):
         raise ProtocolError("A run's header has a file that is not [path, size].")
     language, filename = check_language(header["language"]), check_filename(header["filename"])
     args = check_args(header["args"])
@@ -270,7 +269,7 @@ def parse_header(header: Mapping[str, Any], payload: bytes | bytearray | memoryv
     code = check_code(view[:code_bytes])
     at = code_bytes + (stdin_bytes or 0)
     stdin = None if stdin_bytes is None else view[code_bytes:at]
-    contents = []
+    contents: list[tuple[str, memoryview]] = []
     for path, size in files:
         contents.append((path, view[at : at + size]))
         at += size

@@ -287,8 +287,13 @@ class Zygote:
         return await _taken(future, lambda answer: os.close(answer[1]) if answer[1] >= 0 else None)
 
     def on_lost(self, callback: Callable[[], None]) -> None:
-        """Have *callback* called once when the zygote is lost."""
+        """Have *callback* called when the zygote is lost, unless ``forget`` comes first."""
         self._on_lost.append(callback)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Take *callback* back; it may never have been given."""
+        with contextlib.suppress(ValueError):
+            self._on_lost.remove(callback)
 
     def last_words(self) -> str:
         """The end of what nursery and zygote wrote to their log."""
@@ -389,7 +394,7 @@ class Zygote:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # whoever waited may be gone
-        for callback in self._on_lost:
+        for callback in list(self._on_lost):
             callback()
 
 

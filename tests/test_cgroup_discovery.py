@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from sandboxd.cgroup import Hierarchy, Layout, discover
 
 ALL = ("memory", "pids", "cpu")
@@ -11,7 +12,7 @@ PURE_V2 = (
     """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw
 25 22 0:22 / /sys rw,nosuid,nodev,noexec,relatime shared:7 - sysfs sysfs rw
-29 25 0:26 / /sys/fs/cgroup rw,nosuid,nodev,noexec,relatime shared:9 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
+29 25 0:26 / /sys/fs/cgroup rw,nosuid,nodev,noexec shared:9 - cgroup2 cgroup2 rw,nsdelegate,memory_recursiveprot
 """,
     "0::/system.slice/sandboxd.service\n",
 )
@@ -52,7 +53,7 @@ HYBRID_SPLIT = (
 # The container's own cgroup namespace: both root and membership are "/".
 DOCKER_V2 = (
     """\
-1432 1400 0:201 / / rw,relatime master:320 - overlay overlay rw,lowerdir=/var/lib/l,upperdir=/var/lib/u,workdir=/var/lib/w
+1432 1400 0:201 / / rw,relatime master:320 - overlay overlay rw,lowerdir=/l,upperdir=/u,workdir=/w
 1441 1436 0:26 / /sys/fs/cgroup ro,nosuid,nodev,noexec,relatime - cgroup2 cgroup rw,nsdelegate,memory_recursiveprot
 """,
     "0::/\n",

@@ -230,7 +230,7 @@ class Stand:
     """What the command asked of the client, and what the client answers."""
 
     def __init__(self) -> None:
-        self.opened: dict[str, Any] = {}
+        self.opened: dict[str, Any] | None = None
         self.asked: dict[str, Any] = {}
         self.answer: Callable[[dict[str, Any]], Any] = lambda _: ended()
 
@@ -280,8 +280,8 @@ def test_code_and_arguments_reach_the_client(stand: Stand) -> None:
     assert stand.asked["args"] == ["-x", "two words"]
     assert stand.asked["env"] == {"A": "1", "B": "x=y"}
     assert stand.asked["stdin"] is None
-    assert stand.asked["filename"] is None
-    assert stand.opened == {"policy": "default", "limits": None}
+    assert "filename" not in stand.asked
+    assert stand.opened == {}
 
 
 def test_a_file_is_read_and_named(stand: Stand, tmp_path: Path) -> None:
@@ -295,12 +295,13 @@ def test_a_file_is_read_and_named(stand: Stand, tmp_path: Path) -> None:
 def test_limits_are_handed_over_as_a_policy_would_say_them(stand: Stand) -> None:
     done = invoke("-c", "1", "--timeout", "2.5", "--memory", "256M", "--cpus", "0.5", "--pids", "unlimited")
     assert done.exit_code == 0, done.output
+    assert stand.opened is not None
     assert stand.opened["limits"].plain() == {"wall_seconds": 2.5, "memory_bytes": 256 << 20, "cpus": 0.5, "pids": None}
 
 
 def test_connect_goes_through_a_daemon(stand: Stand) -> None:
     assert invoke("-c", "1", "--connect", "unix:/x.sock", "--policy", "strict").exit_code == 0
-    assert stand.opened == {"address": "unix:/x.sock", "policy": "strict", "limits": None}
+    assert stand.opened == {"address": "unix:/x.sock", "policy": "strict"}
 
 
 def test_inputs_and_stdin_reach_the_client(stand: Stand, tmp_path: Path) -> None:
@@ -483,7 +484,7 @@ def test_wrong_usage_is_2_and_starts_nothing(stand: Stand, args: list[str], word
     done = invoke(*args)
     assert done.exit_code == 2
     assert words in done.stderr.replace("\n", " ")
-    assert not stand.opened
+    assert stand.opened is None
 
 
 @pytest.mark.parametrize(
@@ -500,7 +501,7 @@ def test_source_that_is_no_text_is_2(stand: Stand, tmp_path: Path, content: byte
     done = invoke(str(tmp_path / "x.py"))
     assert done.exit_code == 2
     assert words in done.stderr
-    assert not stand.opened
+    assert stand.opened is None
 
 
 def test_failure_object_has_the_fields_of_a_result() -> None:

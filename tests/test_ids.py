@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,20 @@ def test_subordinate_ids_are_parsed_in_order() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["", "# a comment", "alice", "alice:1", "alice:1:2:3", "alice:-1:5", "alice:1:0", ":1:2", "alice:0x10:5"]
-    + ["alice:1:99999999999", "alice:4294967295:2", "alice:\u0661:5"],
+    [
+        "",
+        "# a comment",
+        "alice",
+        "alice:1",
+        "alice:1:2:3",
+        "alice:-1:5",
+        "alice:1:0",
+        ":1:2",
+        "alice:0x10:5",
+        "alice:1:99999999999",
+        "alice:4294967295:2",
+        "alice:\u0661:5",
+    ],
 )
 def test_malformed_subordinate_lines_are_left_out(line: str) -> None:
     assert ids.parse_subordinate(f"{line}\nbob:300000:10\n") == [("bob", IdRange(300_000, 10))]
@@ -109,7 +122,7 @@ def test_range_is_cut_into_blocks(source: IdRange, size: int, expected: list[IdR
 def test_blocks_of_one_range_never_overlap() -> None:
     blocks = list(ids.cut(FALLBACK, ids.FALLBACK_BLOCK))
     assert len(blocks) > 1000
-    assert all(first.end == second.base for first, second in zip(blocks, blocks[1:], strict=False))
+    assert all(first.end == second.base for first, second in pairwise(blocks))
     assert all(FALLBACK.contains(block) for block in blocks)
 
 
@@ -129,10 +142,6 @@ def test_fallback_range_belongs_to_nobody_else(other: IdRange) -> None:
 
 def test_fallback_blocks_are_aligned_to_sixteen_bits() -> None:
     assert all(block.base & 0xFFFF == 0 for block in ids.cut(FALLBACK, ids.FALLBACK_BLOCK))
-
-
-def test_fallback_avoids_the_logins_of_this_host() -> None:
-    assert not [entry for entry in pwd.getpwall() if FALLBACK.overlaps(IdRange(entry.pw_uid, 1))]
 
 
 def test_blocks_with_taken_or_unmapped_ids_are_passed_over() -> None:
@@ -224,6 +233,13 @@ def test_block_with_a_login_in_it_is_passed_over(etc: Path, lock_file: Path) -> 
     (etc / "passwd").write_text("bob:x:300005:300005::/home/bob:/bin/sh\n")
     with ids.claim("300000:16384", etc=etc, lock_file=lock_file) as block:
         assert block.base == 308_192
+
+
+@needs_root
+def test_claimed_block_holds_no_login_of_this_host(lock_file: Path) -> None:
+    with ids.claim(lock_file=lock_file) as block:
+        claimed = IdRange(block.base, block.count)
+        assert not [entry for entry in pwd.getpwall() if claimed.overlaps(IdRange(entry.pw_uid, 1))]
 
 
 @needs_root

@@ -22,7 +22,7 @@ install_packages() {
         as_root=(sudo)
     fi
     "${as_root[@]}" apt-get update -qq >&2
-    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$@" >&2
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends "$@" >/dev/null
 }
 
 # Print the first Python that is new enough. A name alone proves nothing: it may be the shim of a version manager.
@@ -56,7 +56,7 @@ missing_packages() {
 # What an installation depends on; modules and policies are used from the tree and need no new one.
 fingerprint() {
     (
-        cd -- "$TREE"
+        cd -- "$TREE" || exit
         "$VENV/bin/python" -VV
         echo "${CC:-}"
         find pyproject.toml setup.py native -type f -not -path '*/__pycache__/*' -print0 | sort -z | xargs -0 sha256sum
@@ -74,7 +74,7 @@ is_current() {
 # Make $VENV hold sandboxd, from this tree, with the extra $1 of pyproject.toml.
 setup_environment() {
     local extra=$1 python missing
-    if ! "$VENV/bin/python" -c 'import pip' 2>/dev/null; then
+    if ! "$VENV/bin/python" -c '' 2>/dev/null; then
         python=$(find_python) || {
             install_packages python3
             python=$(find_python) || fail "Python 3.11 or later is needed, and this system's packages have none"
@@ -89,6 +89,7 @@ setup_environment() {
     mapfile -t missing < <(missing_packages "$VENV/bin/python" | tr ' ' '\n')
     ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
     say "Installing sandboxd[$extra] into $VENV"
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$TREE[$extra]"
+    "$VENV/bin/python" -c 'import pip' 2>/dev/null || "$VENV/bin/python" -m ensurepip >&2
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${TREE}[$extra]"
     fingerprint >"$VENV/.sandboxd-$extra"
 }

@@ -81,6 +81,8 @@ def _unavailable(error: OSError, hierarchy: Hierarchy) -> Unavailable:
     elif error.errno == errno.ENOENT and hierarchy.version == 2:
         wanted = " ".join(f"+{name}" for name in hierarchy.controllers)
         fix = f"enable them from the top down: echo '{wanted}' > {hierarchy.mount_point}/cgroup.subtree_control"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        fix = "raise the limit of open files (ulimit -n)"
     elif error.errno == errno.ENOSPC:
         fix = f"raise cgroup.max.descendants and cgroup.max.depth above {error.filename}"
     else:
@@ -309,7 +311,7 @@ def _make_v2_at(
         engine.attach(os.getpid())
         undo.callback(_leave, hierarchy.own)
         added = v2.enable_controllers(root_group, controllers)
-        # Only where that is the way back (see _leave), and nobody but engines lives: elsewhere others may rely on them now.
+        # Only where that is the way back (see _leave) and only engines live: elsewhere others may rely on it now.
         if root == hierarchy.own and root_group.has("cgroup.type"):
             undo.callback(_disable, root_group, added)
         if "memory" in controllers:

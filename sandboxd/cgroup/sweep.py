@@ -63,9 +63,13 @@ def _sweep_one(name: str, paths: list[str], own: str | None) -> Swept | None:
                 fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
                 held.callback(os.close, fd)
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kept = os.path.samestat(os.fstat(fd), os.stat(path))
             except FileNotFoundError:
                 continue
             except OSError:
+                return None
+            if not kept:
+                # Another sweep removed what we hold, and the name went to a new engine.
                 return None
             directories.append(Group(fd, path, "."))
         if not directories:

@@ -15,6 +15,10 @@ __all__ = ["Bandwidth", "CpuUsage", "Memory", "bound_memory", "swap_is_bounded"]
 _MEMORY_LIMIT = "memory.limit_in_bytes"
 _SWAP_LIMIT = "memory.memsw.limit_in_bytes"
 
+# Charges are tried in batches of 64 pages (MEMCG_CHARGE_BATCH), so a limit is met when less than that is left; larger
+# folios are not insisted on.
+_CHARGE_BYTES = 64 * os.sysconf("SC_PAGE_SIZE")
+
 
 def _write_memory_limit(group: Group, limit_bytes: int | None, *, raising: bool) -> None:
     """Set memory and memory+swap to the same value, which leaves no swap of its own.
@@ -55,9 +59,11 @@ class Memory:
         self._limit: int | None = None
         self._peak = fds.own(group.open("memory.max_usage_in_bytes", os.O_RDWR))
         self._usage = fds.own(group.open("memory.usage_in_bytes"))
-        # Charges meet memory+swap first, and its limit is the same: either may be the one that counts a hit.
-        opened = (group.open("memory.failcnt"), group.open_if_there("memory.memsw.failcnt"))
-        self._failcnts = [fds.own(fd) for fd in opened if fd is not None]
+        # The two limits are the same, so either may be the one that counts a hit.
+        self._failcnts = [fds.own(group.open("memory.failcnt"))]
+        swap_failcnt = group.open_if_there("memory.memsw.failcnt")
+        if swap_failcnt is not None:
+            self._failcnts.append(fds.own(swap_failcnt))
         self._oom_control = fds.own(group.open("memory.oom_control"))
         self._kills_before = self._hits_before = 0
         # The kernel signals the eventfd before it kills, also for an OOM of the instance's own directory, and on rmdir.
@@ -92,7 +98,15 @@ class Memory:
         return self._kills() - self._kills_before
 
     def limit_hits(self) -> int:
-        return self._hits() - self._hits_before
+        """How often usage met the limit, or 1 when the count says 0 and the peak otherwise.
+
+        Charges meet memory+swap first, and since about Linux 6.14 refusals there are counted nowhere
+        (mem_cgroup_css_alloc sets track_failcnt for memory only; seen on 6.18).
+        """
+        hits = self._hits() - self._hits_before
+        if not hits and self._limit is not None and self.peak() > self._limit - _CHARGE_BYTES:
+            return 1
+        return hits
 
     def peak(self) -> int:
         return pread_int(self._peak)

@@ -66,11 +66,9 @@ class Notifier:
 
     def __init__(self, watched: int, fds: Fds) -> None:
         self._watched = watched
-        epoll = select.epoll(1)
-        # A plain number with one owner, like every other descriptor here; epoll_create1 made it close-on-exec.
-        self.fd = fds.own(os.dup(epoll.fileno()))
-        epoll.register(watched, select.EPOLLPRI)
-        epoll.close()
+        with select.epoll() as epoll:
+            epoll.register(watched, select.EPOLLPRI)
+            self.fd = fds.own(os.dup(epoll.fileno()))  # a plain number with one owner, like every descriptor here
         self.clear()
 
     def clear(self) -> None:

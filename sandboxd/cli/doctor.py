@@ -29,7 +29,11 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     """
     from sandboxd.doctor import prove, survey
 
-    report = survey()
+    try:
+        report = survey()
+    except OSError as error:
+        output.complain(f"this host cannot be looked at: {error.strerror or error}")
+        ctx.exit(1)
     # A cell proves nothing new when a wall is missing already: its engine would only say the same.
     if report.ok:
         report = replace(report, proof=prove())
@@ -47,7 +51,7 @@ def show(report: Report) -> None:
     output.write(output.paint(f"Walls, as {MODES[report.mode]} (this process)", "head"))
     for wall in report.walls:
         line(wall.name, wall.modes[report.mode], 16)
-        if wall.modes[report.mode].state != "in force":
+        if wall.modes[report.mode].state != "in force" and not wall.stops.startswith("nothing"):
             output.write(f"  {'':16} stops: {wall.stops}")
     for mode, title in MODES.items():
         if mode != report.mode:

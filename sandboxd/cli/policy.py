@@ -30,7 +30,7 @@ def list_(as_json: bool) -> None:
     """List the policies that can be named, and the file of each."""
     from sandboxd import policy as policies
 
-    rows = []
+    rows: list[dict[str, str | None]] = []
     for name, file in policies.installed().items():
         try:
             found, error = policies.load(name), None

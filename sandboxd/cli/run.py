@@ -53,7 +53,11 @@ class Job:
     "153 output; 159 denied by seccomp; 130 cancelled; 75 busy; 125 the host cannot; 2 wrong usage.",
 )
 @click.option("-c", "code", metavar="CODE", help="The program itself, as text.")
-@click.option("--policy", metavar="NAME|FILE", help="The policy to run under.  [default: default]")
+@click.option(
+    "--policy",
+    metavar="NAME|FILE",
+    help="The policy to run under; a daemon takes names only.  [default: default, or the daemon's choice]",
+)
 @click.option(
     "--language", type=click.Choice(["python", "bash", "node"]), default="python", help="Only python in this version."
 )
@@ -204,7 +208,7 @@ def execute(job: Job, given: dict[str, Any], limits: dict[str, Any], directory: 
         with open_sandbox(given["policy"], given["connect"], limits) as sandbox:
             result = sandbox.run(
                 job.source,
-                filename=job.filename,
+                **({} if job.filename is None else {"filename": job.filename}),
                 args=job.args,
                 files=job.files,
                 stdin=job.stdin,
@@ -240,16 +244,18 @@ def execute(job: Job, given: dict[str, Any], limits: dict[str, Any], directory: 
 
 
 def open_sandbox(policy: str | None, connect: str | None, limits: dict[str, Any]) -> Sandbox:
-    """An embedded engine, or a daemon's, under *policy*; *limits* are those given on the command line."""
+    """An embedded engine, or a daemon's, under *policy*; *limits* are those given on the command line.
+
+    What was not given is left to the client: the default policy is "default" here, the operator's choice at a daemon.
+    """
     from sandboxd.client import Sandbox
 
-    chosen = None
+    given: dict[str, Any] = {} if policy is None else {"policy": policy}
     if limits:
         from sandboxd.policy import Limits
 
-        chosen = Limits(**limits)
-    name = policy if policy is not None else "default"
-    return Sandbox.connect(connect, policy=name, limits=chosen) if connect else Sandbox(policy=name, limits=chosen)
+        given["limits"] = Limits(**limits)
+    return Sandbox.connect(connect, **given) if connect else Sandbox(**given)
 
 
 def store_files(result: Result, directory: int) -> bool:

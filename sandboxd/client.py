@@ -1,0 +1,349 @@
+"""Sandbox: the caller's handle on an engine, embedded or behind a socket.
+
+One connection serves one run at a time; idle ones are kept. So a run's packets are read in the thread that called
+``run()``, its callbacks are called there, and threads do not wait for each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Self
+
+from sandboxd import protocol
+from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError, Unavailable, from_plain
+from sandboxd.exchange import CANCEL, Exchange, FileContent, TextCallback, hello
+from sandboxd.launcher import EngineProcess
+from sandboxd.limits import LimitValue
+from sandboxd.policy import Limits, Policy, load
+from sandboxd.result import Result
+
+__all__ = ["Sandbox", "parse_address", "ps"]
+
+CANCEL_SECONDS: Final = 2.0
+IDLE_CONNECTIONS: Final = 16
+
+
+def parse_address(address: str) -> str:
+    """The path of "unix:PATH". Raises ValueError for any other form."""
+    scheme, _, path = address.partition(":")
+    if scheme != "unix" or not path:
+        raise ValueError(f'An address has the form "unix:/run/sandboxd/sandboxd.sock", not {address!r}.')
+    return path
+
+
+def open_daemon(path: str) -> socket.socket:
+    """A connection to the daemon at *path*, not yet greeted. Raises Unavailable."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        sock.connect(path)
+    except OSError as error:
+        sock.close()
+        fix = {
+            13: f"ask to be added to the group that owns {path} (members may run installed policies)",
+            2: f"start the daemon: sandboxd serve --socket {path}",
+            111: f"start the daemon: sandboxd serve --socket {path}",
+        }.get(error.errno or 0, "check the address")
+        raise Unavailable("connect", error.errno, fix, f"no daemon answers at {path}") from error
+    return sock
+
+
+class Sandbox:
+    """A sandbox with one policy. Thread-safe; a context manager.
+
+    ``Sandbox(policy)`` starts an engine of its own, which takes some 100 ms and needs root; ``Sandbox.connect(address)``
+    uses a daemon. *policy* is a name, the path of a TOML file or a Policy; *limits* are put over the policy's and, here,
+    may be any: whoever makes an embedded Sandbox is its operator. *max_running* bounds the runs at once (default: 4 for
+    each CPU), *memory_bytes* the engine with all its runs (default: 80 % of what there is), *ids* names the range of host
+    ids ("base:count").
+
+    Raises PolicyError for a wrong policy, Unavailable when this host cannot enforce it.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | Policy = "default",
+        *,
+        limits: Limits | None = None,
+        max_running: int | None = None,
+        memory_bytes: int | None = None,
+        ids: str | None = None,
+        _walls_down: Sequence[str] = (),
+    ) -> None:
+        self._prepare(None, {})
+        # The process comes up while this one reads the policy.
+        engine = EngineProcess()
+        try:
+            chosen = load(policy)
+            if limits is not None:
+                chosen = chosen.with_limits(limits)
+            settings = {
+                "max_running": max_running,
+                "memory_bytes": memory_bytes,
+                "ids": ids,
+                "walls_down": list(_walls_down),
+            }
+            engine.configure(chosen.plain(), settings)
+        except BaseException:
+            engine.close()
+            raise
+        self._engine = engine
+        self._closed = False
+
+    @classmethod
+    def connect(cls, address: str, *, policy: str | None = None, limits: Limits | None = None) -> Self:
+        """A Sandbox on the daemon at *address*, "unix:PATH". *policy* names one that its operator installed.
+
+        *limits* narrow the policy's for every run of this handle. Raises Unavailable when no daemon answers, PolicyError
+        for a policy that is not a name.
+        """
+        from sandboxd.errors import PolicyError
+
+        if policy is not None and (not isinstance(policy, str) or "/" in policy or policy.endswith(".toml")):
+            raise PolicyError("A daemon's clients name an installed policy; a policy file stays with its operator.")
+        self = cls.__new__(cls)
+        self._prepare(policy, {} if limits is None else limits.plain())
+        self._path = parse_address(address)
+        self._give_back(self._greeted(open_daemon(self._path)))
+        self._closed = False
+        return self
+
+    def _prepare(self, policy: str | None, limits: Mapping[str, LimitValue]) -> None:
+        self._closed = True
+        self._forked = False
+        self._engine: EngineProcess | None = None
+        self._path: str | None = None
+        self._policy = policy
+        self._limits = dict(limits)
+        self._lock = threading.Lock()
+        self._idle: list[socket.socket] = []
+        self._busy: set[socket.socket] = set()
+        _alive.add(self)
+
+    # Runs
+
+    def run(
+        self,
+        code: str | bytes,
+        *,
+        language: str = "python",
+        limits: Limits | None = None,
+        args: Sequence[str] = (),
+        files: Mapping[str, FileContent] | None = None,
+        stdin: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        filename: str = "main.py",
+        results: bool = True,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
+    ) -> Result:
+        """Run *code* in a fresh cell and return how it ended; a program that fails is a Result, not an exception.
+
+        *limits* narrow those of the sandbox. *files* maps relative paths below /workspace to bytes, text or a Path of
+        the caller's. *results* asks for the last expression's value. *filename* is the name that tracebacks show.
+        The callbacks get text as it comes, in this thread; what one raises cancels the run and is raised here.
+
+        Raises InvalidRequest or PolicyError for a wrong argument, Busy when the engine was full, Unavailable when a
+        wall could not be raised, ConnectionLost when the engine went away, RuntimeError on a closed Sandbox.
+        """
+        self._check_open()
+        exchange = Exchange(
+            code,
+            policy=self._policy,
+            base_limits=self._limits,
+            language=language,
+            limits=limits,
+            args=list(args),
+            files=files,
+            stdin=stdin,
+            env=env,
+            filename=filename,
+            results=results,
+            on_stdout=on_stdout,
+            on_stderr=on_stderr,
+        )
+        sock, fresh = self._connection()
+        try:
+            result = self._drive(sock, exchange, fresh)
+        except SandboxError as error:
+            self._settle(sock, keep=not isinstance(error, ConnectionLost | ProtocolError))
+            self._check_open()
+            raise
+        except BaseException:
+            # KeyboardInterrupt, or a callback's own: the run is killed before it propagates.
+            _cancel(sock)
+            self._settle(sock, keep=False)
+            raise
+        self._settle(sock, keep=True)
+        return result
+
+    def _drive(self, sock: socket.socket, exchange: Exchange, fresh: bool) -> Result:
+        try:
+            if fresh:
+                protocol.send(sock, hello())
+            buffers, fd = exchange.packet()
+            try:
+                protocol.send_packed(sock, buffers, fd)
+                exchange.sent = True
+            finally:
+                if fd >= 0:
+                    os.close(fd)
+            while True:
+                packet = protocol.receive(sock)
+                if packet is None:
+                    raise exchange.lost()
+                if exchange.feed(packet):
+                    assert exchange.result is not None  # noqa: S101 (feed's promise)
+                    return exchange.result
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise exchange.lost() from error
+
+    # Connections
+
+    def _connection(self) -> tuple[socket.socket, bool]:
+        with self._lock:
+            sock = self._idle.pop() if self._idle else None
+            if sock is not None:
+                self._busy.add(sock)
+                return sock, False
+        try:
+            sock = self._engine.connect() if self._engine is not None else open_daemon(self._path or "")
+        except OSError as error:
+            self._check_open()
+            raise ConnectionLost(False) from error
+        with self._lock:
+            self._busy.add(sock)
+        return sock, True
+
+    @staticmethod
+    def _greeted(sock: socket.socket) -> socket.socket:
+        try:
+            protocol.send(sock, hello())
+            answer = protocol.receive(sock)
+        except BaseException as error:
+            sock.close()
+            if isinstance(error, OSError):
+                raise ConnectionLost(False) from error
+            raise
+        if answer is None:
+            sock.close()
+            raise ConnectionLost(False)
+        answer.close()
+        if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
+            sock.close()
+            raise from_plain(answer.message["error"])
+        return sock
+
+    def _give_back(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._busy.discard(sock)
+            if len(self._idle) < IDLE_CONNECTIONS and not self._forked:
+                self._idle.append(sock)
+                return
+        sock.close()
+
+    def _settle(self, sock: socket.socket, keep: bool) -> None:
+        if keep and not self._closed:
+            self._give_back(sock)
+            return
+        with self._lock:
+            self._busy.discard(sock)
+        sock.close()
+
+    # End
+
+    def _check_open(self) -> None:
+        if self._forked:
+            raise RuntimeError("This Sandbox belongs to the process that made it; after fork() make another.")
+        if self._closed:
+            raise RuntimeError("This Sandbox is closed.")
+
+    def close(self) -> None:
+        """Kill what runs and end the engine; waits at most 2 s. Idempotent; runs of other threads raise RuntimeError."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._lock:
+            idle, self._idle = self._idle, []
+            busy = list(self._busy)
+        for sock in idle:
+            sock.close()
+        for sock in busy:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)  # its own thread closes it
+        if self._engine is not None:
+            self._engine.close()
+
+    def _after_fork(self) -> None:
+        """In the child: what is open is the parent's."""
+        if self._closed:
+            return
+        self._closed = self._forked = True
+        self._lock = threading.Lock()
+        for sock in [*self._idle, *self._busy]:
+            sock.close()
+        self._idle, self._busy = [], set()
+        if self._engine is not None:
+            self._engine.abandon()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=1)
+            self.close()
+
+    def __repr__(self) -> str:
+        where = f"unix:{self._path}" if self._path else "embedded"
+        return f"<Sandbox {where}{', closed' if self._closed else ''}>"
+
+
+def _cancel(sock: socket.socket) -> None:
+    """Ask for the end of the run on *sock* and wait for it, but not long."""
+    with contextlib.suppress(OSError, SandboxError):
+        sock.settimeout(CANCEL_SECONDS)
+        protocol.send(sock, CANCEL)
+        while (packet := protocol.receive(sock)) is not None:
+            packet.close()
+            if packet.message.get("op") in ("result", "refused"):
+                return
+
+
+def ps(address: str) -> list[dict[str, Any]]:
+    """The live runs of the daemon at *address* that the caller may see. Raises Unavailable, ProtocolError."""
+    with Sandbox._greeted(open_daemon(parse_address(address))) as sock:
+        protocol.send(sock, {"op": "ps"})
+        answer = protocol.receive(sock)
+    if answer is None:
+        raise ConnectionLost(False)
+    answer.close()
+    if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
+        raise from_plain(answer.message["error"])
+    runs = answer.message.get("runs")
+    if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
+        raise ProtocolError("The daemon's answer to ps is not a list.")
+    return runs
+
+
+_alive: weakref.WeakSet[Sandbox] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for sandbox in list(_alive):
+        sandbox._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

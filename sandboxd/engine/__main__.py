@@ -1,0 +1,136 @@
+"""The engine of an embedded Sandbox: a process of its own, started by sandboxd.client.
+
+Descriptors: 0 /dev/null, 1 and 2 the caller's stderr, 3 the control socket, 4 a pidfd of the caller. It serves one
+policy, which the caller chose and so may be any; it ends when the control socket does, or the caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+import sys
+from typing import Any, Final
+
+from sandboxd import protocol
+from sandboxd.engine.config import EngineConfig
+from sandboxd.engine.connection import Connection
+from sandboxd.engine.core import Engine
+from sandboxd.engine.prepared import Prepared
+from sandboxd.errors import ProtocolError, SandboxError, Unavailable
+
+__all__ = ["main"]
+
+CONTROL: Final = 3
+OWNER: Final = 4
+
+
+class Embedded:
+    """The engine, its one policy, and the connections that the control socket handed over."""
+
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[None] = self._loop.create_future()
+        self._connections: set[asyncio.Task[None]] = set()
+        self._engine: Engine | None = None
+        self._plain: dict[str, Any] = {}
+        # The caller may fork: a child of its holds the control socket open, but the pidfd is of the caller alone.
+        self._loop.add_reader(OWNER, self._end)
+
+    def _end(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    async def serve(self) -> None:
+        """Configure, say so, then take connections until the end."""
+        try:
+            engine = await self._configure()
+        except SandboxError as error:
+            protocol.send(self._control, {"op": "refused", "error": error.plain()})
+            return
+        except OSError as error:
+            refusal = Unavailable("engine", error.errno, "look at its message", str(error))
+            protocol.send(self._control, {"op": "refused", "error": refusal.plain()})
+            return
+        finally:
+            if self._engine is not None and (self._over.done() or sys.exc_info()[0] is not None):
+                await self._engine.close()
+        try:
+            protocol.send(self._control, {"op": "ready", "version": protocol.VERSION})
+            self._control.setblocking(False)
+            self._loop.add_reader(self._control.fileno(), self._take)
+            await self._over
+        finally:
+            self._loop.remove_reader(self._control.fileno())
+            await engine.close()
+            for task in list(self._connections):
+                task.cancel()
+            if self._connections:
+                await asyncio.wait(self._connections, timeout=2)
+
+    async def _configure(self) -> Engine:
+        packet = protocol.receive(self._control)
+        if packet is None or packet.message.get("op") != "configure":
+            raise ProtocolError("The first packet must be configure.")
+        self._plain = packet.message["policy"]
+        engine = self._engine = Engine(EngineConfig.from_plain(packet.message["engine"]))
+        try:
+            engine.start(self._plain["limits"]["pids"])
+        except BaseException:
+            self._engine = None
+            raise
+        try:
+            await self._policy(None)
+        except BaseException:
+            await engine.close()
+            self._engine = None
+            raise
+        return engine
+
+    async def _policy(self, name: str | None) -> Prepared:
+        assert self._engine is not None  # noqa: S101
+        if name is not None:
+            raise Engine.policy_error(name)
+        return await self._engine.prepared("", self._plain)
+
+    def _take(self) -> None:
+        """One packet of the control socket: one byte and a connection, or the end."""
+        try:
+            data, control, _, _ = self._control.recvmsg(1, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+        except BlockingIOError:
+            return
+        except OSError:
+            data, control = b"", []
+        for level, kind, raw in control:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self._connect(socket.socket(fileno=struct.unpack("i", raw[:4])[0]))
+        if not data:
+            self._end()
+
+    def _connect(self, sock: socket.socket) -> None:
+        assert self._engine is not None  # noqa: S101
+        client = {"uid": os.getuid(), "pid": os.getppid()}
+        connection = Connection(self._engine, sock, client, self._policy, sees_all=True)
+        task = self._loop.create_task(connection.serve())
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
+
+
+async def _serve() -> None:
+    with socket.socket(fileno=CONTROL) as control:
+        await Embedded(control).serve()
+
+
+def main() -> None:
+    """Entry of the process."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="sandboxd: %(message)s")
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
+        asyncio.run(_serve())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""One client's connection to an engine: packets in, answers out, one request at a time.
+
+Runs in the engine. The peer may be anybody who may open the socket: every packet is parsed strictly, every state has a
+deadline, a slow reader stops only its own run's output and is dropped when it stays slow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+from sandboxd import protocol
+from sandboxd.engine.core import Engine
+from sandboxd.engine.prepared import Prepared
+from sandboxd.engine.run import CellRun
+from sandboxd.errors import ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
+from sandboxd.protocol import Packet
+from sandboxd.wire import parse_header
+
+__all__ = ["Connection"]
+
+log = logging.getLogger("sandboxd.engine")
+
+HELLO_SECONDS: Final = 10.0
+SEND_SECONDS: Final = 30.0
+_RUN_KEYS: Final = frozenset({"op", "policy", "run"})
+
+Policies = Callable[[str | None], Awaitable[Prepared]]
+"""The policy of a name, in force; None is the engine's own default. Raises PolicyError, Unavailable."""
+
+
+class Connection:
+    """Serves one connected socket until its end."""
+
+    def __init__(
+        self, engine: Engine, sock: socket.socket, client: dict[str, Any], policies: Policies, sees_all: bool
+    ) -> None:
+        self._engine = engine
+        self._sock = sock
+        self._client = client
+        self._policies = policies
+        self._sees_all = sees_all
+        self._loop = asyncio.get_running_loop()
+        self._sending = asyncio.Lock()
+        sock.setblocking(False)
+
+    async def serve(self) -> None:
+        """Until the client leaves or breaks the protocol. Closes the socket."""
+        try:
+            async with asyncio.timeout(HELLO_SECONDS):
+                hello = await self._receive()
+            if hello is None:
+                return
+            hello.close()
+            if hello.message.get("op") != "hello":
+                raise ProtocolError("The first packet must be hello.")
+            await self._send({"op": "hello", "version": protocol.VERSION, "engine": "sandboxd"})
+            while (packet := await self._receive()) is not None:
+                await self._request(packet)
+        except TimeoutError:
+            log.info("client %s: too slow; dropped", self._client)
+        except ProtocolError as error:
+            log.info("client %s: %s", self._client, error)
+            with contextlib.suppress(OSError, TimeoutError):
+                await self._refuse(error)
+        except (ConnectionLost, OSError) as error:
+            log.debug("client %s: %s", self._client, error)
+        finally:
+            self._sock.close()
+
+    async def _request(self, packet: Packet) -> None:
+        operation = packet.message.get("op")
+        try:
+            if operation == "run":
+                await self._run(packet)
+            elif operation == "ps":
+                visible = self._may_see
+                await self._send({"op": "ps", "runs": self._engine.list_runs(visible)})
+            elif operation == "cancel":
+                return  # it crossed with the result of the run that it meant
+            else:
+                raise ProtocolError(f"There is no request {str(operation)[:40]!r}.")
+        finally:
+            packet.close()
+
+    def _may_see(self, owner: dict[str, Any]) -> bool:
+        return self._sees_all or owner.get("uid") == self._client.get("uid")
+
+    async def _run(self, packet: Packet) -> None:
+        message = packet.message
+        if set(message) != _RUN_KEYS or not isinstance(message["run"], dict):
+            # Also what an older or a curious client would like to send along: an interpreter, a path, a policy's text.
+            odd = ", ".join(sorted(str(key)[:40] for key in set(message) ^ _RUN_KEYS))
+            await self._refuse(PolicyError(f"A run names an installed policy and nothing more of it; not: {odd or 'run'}."))
+            return
+        name = message["policy"]
+        if name is not None and not isinstance(name, str):
+            await self._refuse(PolicyError("A policy is asked for by name."))
+            return
+        try:
+            request = parse_header(message["run"], packet.take_bytes())
+        except (PolicyError, InvalidRequest) as error:
+            await self._refuse(error)
+            return
+        started: list[CellRun] = []
+        emit = self._emit if request.stream else None
+
+        async def execute() -> None:
+            prepared = await self._policies(name)
+            header, texts, files = await self._engine.run(prepared, request, self._client, emit, started.append)
+            try:
+                await self._send_result(header, texts, files)
+            finally:
+                files.close()
+
+        task = self._loop.create_task(execute())
+        watch = self._loop.create_task(self._receive())
+        try:
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            gone = False
+            if not task.done():
+                gone = await self._interrupted(watch, started, task)
+            try:
+                await task
+            except SandboxError as error:
+                await self._refuse(error)
+            except OSError as error:
+                if not gone:
+                    log.exception("a run failed")
+                    await self._refuse(Unavailable("engine", error.errno, "look at the engine's log", str(error)))
+            if gone:
+                raise ConnectionLost(True)
+        finally:
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError):
+                    await task
+            if not watch.done():
+                watch.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watch
+            elif not watch.cancelled() and watch.exception() is None and (late := watch.result()) is not None:
+                late.close()
+
+    async def _interrupted(self, watch: asyncio.Task[Packet | None], started: list[CellRun], task: asyncio.Task[None]) -> bool:
+        """The client spoke, or left, while its run was under way: the end of the run either way. True when it left."""
+        gone = True
+        try:
+            packet = watch.result()
+        except (OSError, ProtocolError):
+            packet = None
+        if packet is not None:
+            gone = packet.message.get("op") != "cancel"
+            packet.close()
+        if started and started[0].slot is not None:
+            started[0].cancel()
+        else:
+            task.cancel()  # still queued, or its policy is being made ready
+            with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError):
+                await task
+            if not gone:
+                await self._refuse(ConnectionLost(False))
+            raise ConnectionLost(False)
+        return gone
+
+    # Packets
+
+    async def _emit(self, stream: int, data: bytes) -> None:
+        for start in range(0, len(data), protocol.INLINE_BYTES // 2):
+            await self._send({"op": "output", "stream": stream}, [data[start : start + protocol.INLINE_BYTES // 2]])
+
+    async def _send_result(self, header: dict[str, Any], texts: list[bytes], files: Any) -> None:
+        message = {"op": "result", "result": header}
+        if files.fd < 0:
+            await self._send(message, texts)
+            return
+        # The files are in a memfd already; the texts go behind them, and the offsets follow.
+        fd = files.take()
+        size = os.fstat(fd).st_size
+        lead = len(texts[0]) + len(texts[1])
+        header["stdout"][0] += size
+        header["stderr"][0] += size
+        for entry in header["files"]:
+            entry["offset"] -= lead
+        os.pwrite(fd, texts[0] + texts[1], size)
+        await self._deliver(*protocol.pack(message, filled=fd))
+
+    async def _refuse(self, error: SandboxError) -> None:
+        await self._send({"op": "refused", "error": error.plain()})
+
+    async def _send(self, message: dict[str, Any], payload: list[bytes] | None = None) -> None:
+        await self._deliver(*protocol.pack(message, payload or []))
+
+    async def _deliver(self, buffers: list[Any], fd: int) -> None:
+        """Send one packet; waits while the peer's queue is full, and gives the peer up after SEND_SECONDS."""
+        try:
+            async with self._sending, asyncio.timeout(SEND_SECONDS):
+                while True:
+                    try:
+                        protocol.send_packed(self._sock, buffers, fd)
+                        return
+                    except BlockingIOError:
+                        await self._writable()
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
+    async def _writable(self) -> None:
+        ready = self._loop.create_future()
+        self._loop.add_writer(self._sock.fileno(), lambda: ready.done() or ready.set_result(None))
+        try:
+            await ready
+        finally:
+            self._loop.remove_writer(self._sock.fileno())
+
+    async def _receive(self) -> Packet | None:
+        while True:
+            try:
+                return protocol.receive(self._sock)
+            except BlockingIOError:
+                ready = self._loop.create_future()
+            self._loop.add_reader(self._sock.fileno(), lambda: ready.done() or ready.set_result(None))  # noqa: B023
+            try:
+                await ready
+            finally:
+                self._loop.remove_reader(self._sock.fileno())

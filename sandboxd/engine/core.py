@@ -1,0 +1,234 @@
+"""The engine: owner of cgroups, host ids, slots and zygotes; admits runs and lets them be executed.
+
+Crash-only. Its state is in the kernel: cgroup directories under a lock that dies with it, an id range under another, pid
+namespaces whose first process exits when the engine's end of a channel is closed. Nothing is written that a restart
+would have to repair; ``start`` sweeps what a dead engine left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+from sandboxd import cgroup, ids
+from sandboxd.engine import selftest
+from sandboxd.engine.config import EngineConfig
+from sandboxd.engine.prepared import Prepared, kernel_release, prepare
+from sandboxd.engine.run import CellRun, Emit
+from sandboxd.engine.slots import Slot, Slots
+from sandboxd.engine.workspace import Collected
+from sandboxd.errors import Busy, PolicyError, Unavailable
+from sandboxd.limits import LimitValue, defaults, narrow
+from sandboxd.wire import Run, check_inputs_fit
+from sandboxd.zygote import ZygoteLost
+
+__all__ = ["Engine"]
+
+log = logging.getLogger("sandboxd.engine")
+
+RESTART_SECONDS: Final = 1.0
+SPARE_SLOTS: Final = 64
+"""Slots beyond max_running: a run that is dying slowly keeps its own."""
+
+
+class Engine:
+    """One engine. ``start``, then ``prepared`` and ``run`` from any number of tasks, then ``close``."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.cpus = os.cpu_count() or 1
+        self.kernel = kernel_release()
+        self.instance: cgroup.Instance
+        self.ids: ids.IdBlock
+        self.slot_ids: ids.SlotIds
+        self.slots: Slots
+        self.live: dict[str, CellRun] = {}
+        self.owners: dict[str, dict[str, Any]] = {}
+        self._prepared: dict[str, Prepared] = {}
+        self._preparing: dict[str, asyncio.Lock] = {}
+        self._running = 0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._undo = contextlib.ExitStack()
+        self._closed = False
+
+    def start(self, per_run_pids: int | None = None) -> None:
+        """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
+        if os.geteuid() != 0:
+            raise Unavailable(
+                "privilege",
+                None,
+                "run it as root, or connect to a daemon: Sandbox.connect(), sandboxd run --connect unix:PATH",
+                "this version's engine makes its id maps and cgroups as root",
+            )
+        layout = cgroup.discover()
+        for swept in cgroup.sweep(layout):
+            log.warning("swept what a dead engine left: %s", swept)
+        running = self.config.running()
+        with contextlib.ExitStack() as undo:
+            bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks(per_run_pids))
+            self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
+            self.ids = undo.enter_context(ids.claim(self.config.ids))
+            self.slot_ids = self.ids.slots()
+            if running > self.slot_ids.capacity:
+                raise Unavailable(
+                    "ids", None, "give the engine a larger range of ids, or lower max_running",
+                    f"{running} cells at once need as many ids; the range has {self.slot_ids.capacity}",
+                )
+            self.instance.clone_owner(self.ids.base)
+            self.slots = Slots(self.instance, min(running + SPARE_SLOTS, self.slot_ids.capacity), self.ids.base)
+            undo.callback(self.slots.close)
+            self._undo = undo.pop_all()
+
+    # Policies
+
+    async def prepared(self, key: str, plain: dict[str, Any]) -> Prepared:
+        """Policy *plain* in force, its zygote alive; made when first asked for, and again when its zygote was lost."""
+        lock = self._preparing.setdefault(key, asyncio.Lock())
+        async with lock:
+            found = self._prepared.get(key)
+            if found is not None and not found.zygote.lost:
+                return found
+            if found is not None:
+                log.error("the zygote of policy %s was lost: %s", found.name, found.zygote.last_words())
+                await found.zygote.close()
+                del self._prepared[key]
+            made = await prepare(self, plain)
+            try:
+                if not self.config.walls_down:
+                    await self._prove(made)
+            except BaseException:
+                await made.zygote.close()
+                raise
+            self._prepared[key] = made
+            return made
+
+    async def _prove(self, made: Prepared) -> None:
+        """Run the self-test in a first cell."""
+        limits = {**defaults(), "wall_seconds": 20.0}
+        request = Run(
+            code=selftest.PROGRAM, language="python", filename="selftest.py", args=(), env={}, stdin=None, files=(),
+            limits={}, stream=False, results=False,
+        )
+        run = CellRun(self, made, request, limits, "self-test", None)
+        header, texts, collected = await run.execute(0.0)
+        collected.close()
+        if header["status"] != "ok":
+            raise Unavailable(
+                "self-test", None, "look at what it says, and at sandboxd doctor",
+                f"the first cell ended with {header['status']}: {texts[1].decode('utf-8', 'replace')[-500:]}",
+            )
+        selftest.verify(texts[0].decode("utf-8", "replace"), self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0)))
+
+    # Runs
+
+    async def run(
+        self,
+        prepared: Prepared,
+        request: Run,
+        owner: dict[str, Any],
+        emit: Emit | None,
+        announce: Callable[[CellRun], None],
+    ) -> tuple[dict[str, Any], list[bytes], Collected]:
+        """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be cancelled.
+
+        Raises PolicyError, InvalidRequest, Busy, Unavailable: nothing of the program ran then.
+        """
+        if self._closed:
+            raise Unavailable("engine", None, "start a new one", "the engine is closing")
+        limits: dict[str, LimitValue] = narrow(prepared.limits, request.limits)
+        check_inputs_fit([(path, len(content)) for path, content in request.files], limits)
+        identity = secrets.token_hex(8)
+        run = CellRun(self, prepared, request, limits, identity, emit)
+        queued = time.monotonic()
+        self.live[identity] = run
+        self.owners[identity] = owner
+        announce(run)
+        try:
+            wait = limits["queue_seconds"]
+            await self._admit(None if wait is None else float(wait))
+            try:
+                return await run.execute(time.monotonic() - queued)
+            finally:
+                self._leave()
+        finally:
+            del self.live[identity], self.owners[identity]
+
+    async def _admit(self, wait_seconds: float | None) -> None:
+        """Take one of max_running turns, first come first served. Raises Busy."""
+        if self._running < self.config.running() and not self._waiting:
+            self._running += 1
+            return
+        if len(self._waiting) >= self.config.max_queued:
+            raise Busy(1.0)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await asyncio.wait_for(turn, wait_seconds)
+        except TimeoutError:
+            raise Busy(1.0) from None
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._leave()  # it had become our turn just then
+            raise
+        finally:
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(turn)
+
+    def _leave(self) -> None:
+        """Give the turn to the next in the queue."""
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._running -= 1
+
+    def lose_slot(self, slot: Slot) -> None:
+        """Something in *slot* would not die: neither its uid nor its leaf is used again by this engine."""
+        log.error("slot %d is lost to this engine", slot.index)
+
+    @staticmethod
+    def host_pid(pidfd: int) -> int | None:
+        """The pid behind *pidfd* as this process sees it, None once it is gone. Source: /proc/self/fdinfo, pidfd_open(2)."""
+        with contextlib.suppress(OSError, ValueError), open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("Pid:"):
+                    pid = int(line.split()[1])
+                    return pid if pid > 0 else None
+        return None
+
+    def list_runs(self, visible: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """Facts of the live runs whose owner *visible* accepts."""
+        return [
+            {**run.facts(), "client": self.owners[identity]}
+            for identity, run in self.live.items()
+            if visible(self.owners[identity])
+        ]
+
+    async def close(self) -> None:
+        """End every run and every zygote, remove cgroups, give ids back. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        for run in list(self.live.values()):
+            run.cancel()
+        for prepared in self._prepared.values():
+            with contextlib.suppress(ZygoteLost):
+                await prepared.zygote.close()
+        self._prepared.clear()
+        deadline = time.monotonic() + 2
+        while self.live and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        self._undo.close()
+
+    @staticmethod
+    def policy_error(name: str) -> PolicyError:
+        """For a policy that is not there."""
+        return PolicyError(f"There is no policy {name!r} here.", key="policy")

@@ -1,0 +1,95 @@
+"""Once the walls are up, try to cross them: one cell of every new zygote runs this before the engine serves.
+
+The program below runs as any other does, behind the same walls. A refusal that does not come means that a wall is not
+there although every call that should have raised it succeeded: then nothing is served.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from sandboxd.errors import Unavailable
+
+__all__ = ["PROGRAM", "verify"]
+
+PROGRAM: Final = r'''
+import ctypes, json, os
+libc = ctypes.CDLL(None, use_errno=True)
+
+def call(*arguments):
+    ctypes.set_errno(0)
+    return 0 if libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]) >= 0 else ctypes.get_errno()
+
+def opened(path, flags):
+    try:
+        os.close(os.open(path, flags))
+        return 0
+    except OSError as error:
+        return error.errno
+
+status = {}
+for line in open("/proc/self/status"):
+    key, _, value = line.partition(":")
+    status[key] = value.strip()
+seen = {
+    "unshare-user": call(272, 0x10000000),
+    "unshare-mount": call(272, 0x00020000),
+    "mount": call(165, b"none", b"/tmp", b"tmpfs", 0, 0),
+    "chroot": call(161, b"/tmp"),
+    "ptrace": call(101, 16, 1, 0, 0),
+    "kill-init": call(62, 1, 9),
+    "bpf": call(321, 0, 0, 0),
+    "io_uring": call(425, 1, 0),
+    "socket-inet": call(41, 2, 1, 0),
+    "keyctl": call(250, 0, -3, 0),
+    "write-root": opened("/sandboxd-self-test", os.O_WRONLY | os.O_CREAT),
+    "write-usr": opened("/usr/sandboxd-self-test", os.O_WRONLY | os.O_CREAT),
+    "init-root": opened("/proc/1/root", os.O_RDONLY),
+    "host-etc": opened("/etc/shadow", os.O_RDONLY),
+}
+facts = {
+    "uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups(), "pid": os.getpid(), "session": os.getsid(0),
+    "cgroup": sorted({line.rstrip("\n").split(":", 2)[2] for line in open("/proc/self/cgroup")}),
+    "caps": [status[key] for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")],
+    "nnp": status["NoNewPrivs"], "seccomp": status["Seccomp"],
+    "fds": sorted(int(name) for name in os.listdir("/proc/self/fd"))[:-1],
+    "links": [line.split(":")[0].strip() for line in open("/proc/self/net/dev").readlines()[2:]],
+    "routes": len(open("/proc/self/net/route").readlines()[1:]),
+    "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
+}
+print(json.dumps([seen, facts]))
+'''
+
+
+def verify(stdout: str, guest_uid: int) -> None:
+    """Check what the program saw. Raises Unavailable (stage ``self-test``) that names every wall that did not hold."""
+    try:
+        seen, facts = json.loads(stdout)
+    except ValueError:
+        raise _failed("the first cell did not run the self-test to its end") from None
+    held: dict[str, Any] = {
+        "uid": guest_uid,
+        "gid": guest_uid,
+        "groups": [],
+        "cgroup": ["/"],
+        "caps": ["0000000000000000"] * 5,
+        "nnp": "1",
+        "seccomp": "2",
+        "fds": [0, 1, 2, 3],
+        "links": ["lo"],
+        "routes": 0,
+    }
+    broken = [f"{name} was possible" for name, number in seen.items() if number == 0]
+    broken += [f"{key} is {facts.get(key)!r}, not {value!r}" for key, value in held.items() if facts.get(key) != value]
+    if facts.get("pid") == 1 or facts.get("session") != facts.get("pid"):
+        broken.append("the program is pid 1 or not the leader of its session")
+    if any(number not in (facts.get("pid"),) for number in facts.get("processes", [0])):
+        broken.append("other processes are visible in /proc")
+    if broken:
+        raise _failed("; ".join(broken))
+
+
+def _failed(what: str) -> Unavailable:
+    fix = "do not serve tenants on this host; run sandboxd doctor and report what it says"
+    return Unavailable("self-test", None, fix, f"a wall that was raised does not hold: {what}")

@@ -1,0 +1,81 @@
+"""Slots: who may use which host uid and which cgroup leaf, one run at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from sandboxd.cgroup import Instance, Leaf
+
+__all__ = ["Slot", "Slots"]
+
+_RETRY_SECONDS: Final = 0.05
+log = logging.getLogger("sandboxd.engine")
+
+
+class Slot:
+    """One slot: its number decides the uid; its leaf is made when first needed and kept while it may be used again."""
+
+    __slots__ = ("index", "leaf")
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.leaf: Leaf | None = None
+
+
+class Slots:
+    """The free slots, last used first: its leaf and network namespace are there already, and still warm."""
+
+    def __init__(self, instance: Instance, capacity: int, zygote_uid: int) -> None:
+        self._instance = instance
+        self._zygote_uid = zygote_uid
+        self._free = [Slot(index) for index in range(capacity - 1, -1, -1)]
+        self._leaving: list[Leaf] = []
+        self._timer: asyncio.TimerHandle | None = None
+
+    def take(self) -> Slot:
+        """A free slot with a leaf. Raises OSError when the leaf cannot be made, IndexError when none is free."""
+        slot = self._free.pop()
+        try:
+            if slot.leaf is None:
+                slot.leaf = self._instance.make_leaf(slot.index)
+                slot.leaf.clone_owner(self._zygote_uid)
+        except BaseException:
+            self._drop_leaf(slot)
+            self._free.append(slot)
+            raise
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Every process of the slot's cell is dead. A leaf that is not as new is taken away; the next run gets another."""
+        try:
+            if slot.leaf is not None and not slot.leaf.reusable():
+                self._drop_leaf(slot)
+        except OSError:
+            self._drop_leaf(slot)
+        self._free.append(slot)
+
+    def _drop_leaf(self, slot: Slot) -> None:
+        leaf, slot.leaf = slot.leaf, None
+        if leaf is not None:
+            self._leaving.append(leaf)
+            self._remove_leaving()
+
+    def _remove_leaving(self) -> None:
+        self._timer = None
+        staying = []
+        for leaf in self._leaving:
+            try:
+                if not leaf.remove():
+                    staying.append(leaf)
+            except OSError as error:
+                log.warning("cgroup leaf %s cannot be removed: %s", leaf.name, error)
+        self._leaving = staying
+        if staying:
+            self._timer = asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._remove_leaving)
+
+    def close(self) -> None:
+        """Stop retrying; what is left goes with the instance."""
+        if self._timer is not None:
+            self._timer.cancel()

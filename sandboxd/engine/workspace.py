@@ -1,0 +1,210 @@
+"""Files into a cell before its program runs, and out of it when everything in it is dead.
+
+Both work on the engine's own descriptor of the cell's tmpfs, never on a path of the host. In: as the cell's uid, before
+any of its code exists. Out: only after the pid namespace is dead, so nobody can change what is being read; still every
+name is opened with openat2 (no symlink, no mount crossed), without blocking, and only regular files with one link count.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Final
+
+from sandboxd import native
+from sandboxd.errors import InvalidRequest
+from sandboxd.wire import check_guest_path
+
+__all__ = ["Collected", "Known", "collect", "is_untouched", "put_files", "put_source", "usage"]
+
+DEPTH: Final = 64
+ENTRIES: Final = 100_000
+NAMES_BYTES: Final = 4 << 20
+_COPY: Final = 8 << 20
+
+Known = dict[str, tuple[int, int]]
+"""Inode and ctime in ns of each input file. A program can set mtime, but not ctime."""
+
+
+@dataclass(slots=True)
+class Collected:
+    """The files of a run: path, size and offset of each in the memfd *fd* (-1: there are none), sorted by path."""
+
+    files: list[tuple[str, int, int]] = field(default_factory=list)
+    skipped: int = 0
+    fd: int = -1
+
+    def take(self) -> int:
+        """The memfd, now the caller's."""
+        fd, self.fd = self.fd, -1
+        return fd
+
+    def close(self) -> None:
+        """Close what nobody took."""
+        fd = self.take()
+        if fd >= 0:
+            os.close(fd)
+
+
+def put_source(directory: int, name: str, source: bytes, owner: int) -> None:
+    """Write the program's text into the /code file system as host uid *owner*: readable, not the cell's to change."""
+    with native.as_file_owner(owner, owner):
+        fd = native.open_beneath(directory, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
+    try:
+        os.fchmod(fd, 0o444)  # whatever the engine's umask is
+        _write_all(fd, source)
+    finally:
+        os.close(fd)
+
+
+def put_files(workspace: int, files: Iterable[tuple[str, memoryview]], uid: int) -> Known:
+    """Write input files as the cell's host uid; parents are made. Raises InvalidRequest when they do not fit."""
+    known: Known = {}
+    for path, content in files:
+        try:
+            with native.as_file_owner(uid, uid):
+                _make_parents(workspace, path)
+                fd = native.open_beneath(workspace, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            try:
+                _write_all(fd, content)
+                found = os.fstat(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise InvalidRequest("files", f"{path!r} cannot be written into the workspace: {error.strerror}") from error
+        known[path] = found.st_ino, found.st_ctime_ns
+    return known
+
+
+def usage(workspace: int) -> tuple[int, int]:
+    """Free bytes and free inodes of the cell's /workspace. Source: fstatvfs(3)."""
+    found = os.fstatvfs(workspace)
+    return found.f_bavail * found.f_frsize, found.f_favail
+
+
+def is_untouched(workspace: int, known: Known) -> bool:
+    """Whether nothing was put there and the program made nothing: no file to look for. Only the root's link count and
+    size are asked, which tmpfs keeps: 2 links and 0 bytes of names.
+    """
+    if known:
+        return False
+    root = os.stat(".", dir_fd=workspace)
+    return root.st_nlink == 2 and root.st_size == 0
+
+
+def collect(workspace: int, known: Known, most_bytes: int) -> Collected:
+    """Copy out every regular file that is not an unchanged input, at most *most_bytes* in all.
+
+    Other kinds, hard links, names that are not UTF-8, what is too deep or over the bounds are counted as skipped.
+    """
+    found = Collected()
+    try:
+        wanted = _walk(workspace, known, found)
+        total = names = 0
+        for path, size in sorted(wanted):
+            names += len(path)
+            if total + size > most_bytes or names > NAMES_BYTES:
+                found.skipped += 1
+                continue
+            if found.fd < 0:
+                found.fd = os.memfd_create("sandboxd-files", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            copied = _copy(workspace, path, size, found.fd, total)
+            if copied is None:
+                found.skipped += 1
+                continue
+            found.files.append((path, copied, total))
+            total += copied
+        if found.fd >= 0:
+            os.ftruncate(found.fd, total)
+    except BaseException:
+        found.close()
+        raise
+    return found
+
+
+def _walk(workspace: int, known: Known, found: Collected) -> list[tuple[str, int]]:
+    wanted: list[tuple[str, int]] = []
+    seen = 0
+    pending: list[tuple[str, int]] = [("", 0)]
+    while pending:
+        path, depth = pending.pop()
+        try:
+            directory = native.open_beneath(
+                workspace, path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
+            )
+        except OSError:
+            found.skipped += 1
+            continue
+        try:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    seen += 1
+                    if seen > ENTRIES:
+                        found.skipped += 1
+                        continue
+                    name = f"{path}/{entry.name}" if path else entry.name
+                    facts = entry.stat(follow_symlinks=False)
+                    if stat.S_ISDIR(facts.st_mode):
+                        if depth < DEPTH:
+                            pending.append((name, depth + 1))
+                        else:
+                            found.skipped += 1
+                    elif not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1 or not _is_plain(name):
+                        found.skipped += 1
+                    elif known.get(name) != (facts.st_ino, facts.st_ctime_ns):
+                        wanted.append((name, facts.st_size))
+        except OSError:
+            found.skipped += 1
+        finally:
+            os.close(directory)
+    return wanted
+
+
+def _is_plain(name: str) -> bool:
+    try:
+        check_guest_path(name)
+    except InvalidRequest:
+        return False
+    return True
+
+
+def _copy(workspace: int, path: str, size: int, to: int, offset: int) -> int | None:
+    try:
+        fd = native.open_beneath(workspace, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:
+        return None
+    try:
+        facts = os.fstat(fd)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
+            return None
+        os.lseek(to, offset, os.SEEK_SET)
+        done = 0
+        while done < size:
+            n = os.sendfile(to, fd, done, min(_COPY, size - done))
+            if n == 0:
+                break
+            done += n
+        return done
+    finally:
+        os.close(fd)
+
+
+def _make_parents(workspace: int, path: str) -> None:
+    parts = path.split("/")[:-1]
+    for count in range(1, len(parts) + 1):
+        above, name = "/".join(parts[: count - 1]) or ".", parts[count - 1]
+        directory = native.open_beneath(workspace, above, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.mkdir(name, 0o755, dir_fd=directory)
+        except FileExistsError:
+            continue
+        finally:
+            os.close(directory)
+
+
+def _write_all(fd: int, content: bytes | memoryview) -> None:
+    view = memoryview(content)
+    while len(view):
+        view = view[os.write(fd, view) :]

@@ -1,0 +1,150 @@
+"""One run as a client sees it on the wire: what to send, and what each packet that comes back means.
+
+No input or output here: the synchronous and the asynchronous client drive the same object.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from sandboxd import protocol
+from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
+from sandboxd.limits import LimitValue, narrow
+from sandboxd.policy import Limits
+from sandboxd.protocol import Buffer, Packet
+from sandboxd.request import RunRequest
+from sandboxd.result import Result
+
+__all__ = ["CANCEL", "Exchange", "FileContent", "TextCallback", "hello"]
+
+TextCallback = Callable[[str], object]
+FileContent = bytes | bytearray | memoryview | str | Path
+
+CANCEL: Final = {"op": "cancel"}
+
+
+def hello() -> dict[str, Any]:
+    """The first packet of a connection."""
+    return {"op": "hello", "version": protocol.VERSION, "client": "sandboxd-python"}
+
+
+def _content(path: str, content: object) -> bytes | memoryview:
+    if isinstance(content, str):
+        return content.encode()
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, bytearray | memoryview):
+        return bytes(content)
+    if not isinstance(content, Path):
+        raise InvalidRequest("files", f"the content of {path!r} must be bytes, str or a Path, not {type(content).__name__}")
+    try:
+        # Not blocking: a fifo in the place of a file must not hang the caller.
+        fd = os.open(content, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise InvalidRequest("files", f"{content} for {path!r} is not a regular file")
+            return file.read()
+    except OSError as error:
+        raise InvalidRequest("files", f"{content} for {path!r} cannot be read: {error.strerror}") from error
+
+
+class Exchange:
+    """One run of *code* on an engine; arguments as ``Sandbox.run`` documents them."""
+
+    def __init__(
+        self,
+        code: str | bytes,
+        *,
+        policy: str | None,
+        base_limits: Mapping[str, LimitValue],
+        language: str,
+        limits: Limits | None,
+        args: list[str] | tuple[str, ...],
+        files: Mapping[str, FileContent] | None,
+        stdin: bytes | str | None,
+        env: Mapping[str, str] | None,
+        filename: str,
+        results: bool,
+        on_stdout: TextCallback | None,
+        on_stderr: TextCallback | None,
+    ) -> None:
+        contents = {path: _content(path, content) for path, content in (files or {}).items()}
+        request = RunRequest(
+            code=code,
+            language=language,
+            filename=filename,
+            args=list(args),
+            env=dict(env or {}),
+            files={path: len(content) for path, content in contents.items()},
+            stdin=stdin.encode() if isinstance(stdin, str) else stdin,
+            limits=limits,
+            results=results,
+            stream=on_stdout is not None or on_stderr is not None,
+        )
+        header = request.header()
+        asked = header["limits"]
+        if base_limits:
+            # The handle's own limits bind its runs; the engine compares the outcome with the policy's.
+            narrow({**dict.fromkeys(asked), **base_limits}, asked)
+            header["limits"] = {**base_limits, **asked}
+        self._message = {"op": "run", "policy": policy, "run": header}
+        self._payload: list[Buffer] = [request.lead(), *contents.values()]
+        self._callbacks = {1: on_stdout, 2: on_stderr}
+        self._decoders = {number: codecs.getincrementaldecoder("utf-8")("replace") for number in (1, 2)}
+        self._queued = False
+        self.sent = False
+        self.result: Result | None = None
+
+    def packet(self) -> tuple[list[Buffer], int]:
+        """The request, packed: buffers and a memfd or -1, which the caller sends and closes."""
+        return protocol.pack(self._message, self._payload)
+
+    def lost(self) -> ConnectionLost:
+        """The error for a connection that ended before the answer came."""
+        return ConnectionLost(self.sent and not self._queued)
+
+    def feed(self, packet: Packet) -> bool:
+        """Take one packet; True when the run is over and ``result`` is there.
+
+        Calls the callbacks. Raises what the engine refused with, or what a callback raised, or ProtocolError.
+        """
+        message = packet.message
+        try:
+            operation = message.get("op")
+            if operation == "output":
+                self._output(message.get("stream"), bytes(packet.take_bytes()))
+                return False
+            if operation == "hello":
+                return False
+            if operation in ("queued", "admitted"):
+                self._queued = operation == "queued"
+                return False
+            if operation == "refused" and isinstance(message.get("error"), dict):
+                raise from_plain(message["error"])
+            if operation == "result" and isinstance(message.get("result"), dict):
+                self._flush()
+                payload, packet.payload = packet.payload, b""
+                self.result = Result.from_wire(message["result"], payload)
+                return True
+            raise ProtocolError(f"The engine sent {str(operation)[:40]!r}, which is no answer.")
+        finally:
+            packet.close()
+
+    def _output(self, stream: object, data: bytes) -> None:
+        if stream not in (1, 2) or not isinstance(stream, int):
+            raise ProtocolError("The engine sent output of a stream that is none.")
+        callback = self._callbacks[stream]
+        text = self._decoders[stream].decode(data)
+        if callback is not None and text:
+            callback(text)
+
+    def _flush(self) -> None:
+        for stream, callback in self._callbacks.items():
+            text = self._decoders[stream].decode(b"", final=True)
+            if callback is not None and text:
+                callback(text)

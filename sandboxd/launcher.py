@@ -1,0 +1,132 @@
+"""Start an engine for this program, and end it: the process behind an embedded Sandbox.
+
+Nothing of the caller's process is touched: no signal handler, no SIGCHLD (the engine has no exit signal), no umask, no
+cwd, no cgroup. The engine ends when its control socket closes or when this process is gone, whichever comes first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from sandboxd import native, protocol
+from sandboxd.errors import ProtocolError, Unavailable, from_plain
+
+__all__ = ["EngineProcess"]
+
+CLOSE_SECONDS: Final = 2.0
+_WALL: Final = 0x40000000  # __WALL, waitid(2): children without an exit signal too
+_MAIN: Final = (
+    "import json, sys; sys.path += json.loads(sys.argv[1]); from sandboxd.engine.__main__ import main; main()"
+)
+
+
+class EngineProcess:
+    """One engine process, from ``__init__`` to ``close``. Thread-safe once configured."""
+
+    def __init__(self) -> None:
+        """Start it; it does nothing before ``configure``. Raises Unavailable."""
+        if not sys.executable:
+            raise Unavailable("engine", None, "run under a Python interpreter that knows its own path", "no sys.executable")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        owner = -1
+        try:
+            owner = native.pidfd_open(os.getpid())
+            stderr = 2 if _is_open(2) else null
+            # -I: no PYTHON* variable, no current directory. What the caller imports from comes after the interpreter's own.
+            paths = [path for path in sys.path if os.path.isabs(path)]
+            paths.append(str(Path(__file__).resolve().parent.parent))
+            command = [sys.executable, "-I", "-c", _MAIN, json.dumps(paths)]
+            environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
+            self.pid, self._pidfd = native.launch(command, environment, [null, stderr, stderr, theirs.fileno(), owner])
+        except BaseException as error:
+            ours.close()
+            if isinstance(error, OSError):
+                fix = "raise the limits of processes and open files of this program"
+                raise Unavailable("engine", error.errno, fix, "the engine's process cannot be made") from error
+            raise
+        finally:
+            theirs.close()
+            os.close(null)
+            if owner >= 0:
+                os.close(owner)
+        self._control: socket.socket | None = ours
+
+    def configure(self, policy: dict[str, Any], engine: dict[str, Any]) -> None:
+        """Hand over *policy* (``Policy.plain()``) and the engine's settings; returns when a first cell was proved sealed.
+
+        Raises Unavailable, PolicyError.
+        """
+        control = self._living()
+        try:
+            protocol.send(control, {"op": "configure", "policy": policy, "engine": engine})
+            answer = protocol.receive(control)
+        except OSError:
+            answer = None
+        if answer is None:
+            fix = "its message is on stderr; sandboxd doctor says what this host lacks"
+            raise Unavailable("engine", None, fix, "the engine ended while it started")
+        answer.close()
+        if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
+            raise from_plain(answer.message["error"])
+        if answer.message.get("op") != "ready":
+            raise ProtocolError("The engine did not say that it is ready.")
+
+    def connect(self) -> socket.socket:
+        """A new connection. Raises OSError when the engine is gone."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", theirs.fileno()))
+            self._living().sendmsg([b"c"], [rights], socket.MSG_NOSIGNAL)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return ours
+
+    def _living(self) -> socket.socket:
+        if self._control is None:
+            raise BrokenPipeError(32, "the engine was closed")
+        return self._control
+
+    def close(self) -> None:
+        """End it and every run; waits at most 2 s, then kills it. Idempotent."""
+        control, self._control = self._control, None
+        if control is None:
+            return
+        with contextlib.suppress(OSError):
+            control.shutdown(socket.SHUT_RDWR)
+        control.close()
+        poller = select.poll()
+        poller.register(self._pidfd, select.POLLIN)
+        if not poller.poll(CLOSE_SECONDS * 1000):
+            native.pidfd_kill(self._pidfd, signal.SIGKILL)
+            poller.poll(CLOSE_SECONDS * 1000)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | _WALL)
+        os.close(self._pidfd)
+
+    def abandon(self) -> None:
+        """In a child after fork: close our copies; the engine is the parent's."""
+        control, self._control = self._control, None
+        if control is not None:
+            control.close()
+            os.close(self._pidfd)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
