@@ -21,8 +21,17 @@ static struct {
     struct sbx_filter filter;
     int landlock_abi;
     int prepared;
-    uint64_t walls_down; /* bit = enum sbx_stage; only tests of the walls themselves set any */
+    uint64_t walls_down; /* bit = enum sbx_stage or below; only tests of the walls themselves set any */
 } seal;
+
+/* Parts of one step that can be left out alone (sandboxd/engine/prepared.py). */
+enum { WALL_NETWORK = 48, WALL_IPC = 49, WALL_UTS = 50 };
+
+static int
+is_down(int wall)
+{
+    return (int)(seal.walls_down >> wall & 1);
+}
 
 struct cell_plan {
     const struct sbx_cell_request *request;
@@ -48,8 +57,15 @@ enter_cgroup(const struct cell_plan *plan)
 static int
 join_namespaces(const struct cell_plan *plan)
 {
-    return (int)sbx_call(SBX_NR_setns, plan->init,
-                         SBX_CLONE_NEWNS | SBX_CLONE_NEWNET | SBX_CLONE_NEWIPC | SBX_CLONE_NEWUTS);
+    long flags = SBX_CLONE_NEWNS;
+
+    if (!is_down(WALL_NETWORK))
+        flags |= SBX_CLONE_NEWNET;
+    if (!is_down(WALL_IPC))
+        flags |= SBX_CLONE_NEWIPC;
+    if (!is_down(WALL_UTS))
+        flags |= SBX_CLONE_NEWUTS;
+    return (int)sbx_call(SBX_NR_setns, plan->init, flags);
 }
 
 /* Now that the leaf is entered: it becomes the root of what /proc/self/cgroup shows. */
@@ -97,7 +113,7 @@ place_fds(const struct cell_plan *plan)
         r = (int)sbx_call(SBX_NR_dup3, plan->stdio[i], i, 0);
     if (r >= 0)
         r = (int)sbx_call(SBX_NR_dup3, plan->channel, CHANNEL, SBX_O_CLOEXEC);
-    if (r >= 0)
+    if (r >= 0 && !is_down(SBX_STAGE_FDS))
         r = sbx_close_from(FIRST_FREE);
     return r;
 }
@@ -186,7 +202,8 @@ cell_seal(const struct cell_plan *plan)
     int channel = plan->channel;
 
     for (size_t i = 0; i < ARRAY_SIZE(steps); i++) {
-        int r = seal.walls_down >> steps[i].stage & 1 ? 0 : steps[i].run(plan);
+        /* Descriptors are placed in any case: without them no program runs. */
+        int r = is_down(steps[i].stage) && steps[i].stage != SBX_STAGE_FDS ? 0 : steps[i].run(plan);
 
         if (steps[i].stage == SBX_STAGE_FDS && r >= 0)
             channel = CHANNEL;

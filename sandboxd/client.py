@@ -15,15 +15,17 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from sandboxd import protocol
-from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError, Unavailable, from_plain
-from sandboxd.exchange import CANCEL, Exchange, FileContent, TextCallback, hello
+from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable, from_plain
 from sandboxd.launcher import EngineProcess
 from sandboxd.limits import LimitValue
-from sandboxd.policy import Limits, Policy, load
-from sandboxd.result import Result
+
+if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's process begins first
+    from sandboxd.exchange import Exchange, FileContent, TextCallback
+    from sandboxd.policy import Limits, Policy
+    from sandboxd.result import Result
 
 __all__ = ["Sandbox", "parse_address", "ps"]
 
@@ -67,6 +69,8 @@ class Sandbox:
     Raises PolicyError for a wrong policy, Unavailable when this host cannot enforce it.
     """
 
+    _engine: EngineProcess | None
+
     def __init__(
         self,
         policy: str | Path | Policy = "default",
@@ -76,21 +80,27 @@ class Sandbox:
         memory_bytes: int | None = None,
         ids: str | None = None,
         _walls_down: Sequence[str] = (),
+        _marker_errno: int | None = None,
     ) -> None:
         self._prepare(None, {})
-        # The process comes up while this one reads the policy.
+        # The engine comes up while this process imports pydantic and reads the policy.
         engine = EngineProcess()
         try:
+            engine.configure(
+                {
+                    "max_running": max_running,
+                    "memory_bytes": memory_bytes,
+                    "ids": ids,
+                    "walls_down": list(_walls_down),
+                    "marker_errno": _marker_errno,
+                }
+            )
+            from sandboxd.policy import load
+
             chosen = load(policy)
             if limits is not None:
                 chosen = chosen.with_limits(limits)
-            settings = {
-                "max_running": max_running,
-                "memory_bytes": memory_bytes,
-                "ids": ids,
-                "walls_down": list(_walls_down),
-            }
-            engine.configure(chosen.plain(), settings)
+            engine.ready(chosen.plain())
         except BaseException:
             engine.close()
             raise
@@ -104,8 +114,6 @@ class Sandbox:
         *limits* narrow the policy's for every run of this handle. Raises Unavailable when no daemon answers, PolicyError
         for a policy that is not a name.
         """
-        from sandboxd.errors import PolicyError
-
         if policy is not None and (not isinstance(policy, str) or "/" in policy or policy.endswith(".toml")):
             raise PolicyError("A daemon's clients name an installed policy; a policy file stays with its operator.")
         self = cls.__new__(cls)
@@ -118,7 +126,7 @@ class Sandbox:
     def _prepare(self, policy: str | None, limits: Mapping[str, LimitValue]) -> None:
         self._closed = True
         self._forked = False
-        self._engine: EngineProcess | None = None
+        self._engine = None
         self._path: str | None = None
         self._policy = policy
         self._limits = dict(limits)
@@ -153,11 +161,8 @@ class Sandbox:
         Raises InvalidRequest or PolicyError for a wrong argument, Busy when the engine was full, Unavailable when a
         wall could not be raised, ConnectionLost when the engine went away, RuntimeError on a closed Sandbox.
         """
-        self._check_open()
-        exchange = Exchange(
+        exchange = self._exchange(
             code,
-            policy=self._policy,
-            base_limits=self._limits,
             language=language,
             limits=limits,
             args=list(args),
@@ -184,10 +189,17 @@ class Sandbox:
         self._settle(sock, keep=True)
         return result
 
+    def _exchange(self, code: str | bytes, **arguments: Any) -> Exchange:
+        """A checked request under this handle's policy and limits. Raises InvalidRequest, PolicyError, RuntimeError."""
+        from sandboxd.exchange import Exchange
+
+        self._check_open()
+        return Exchange(code, policy=self._policy, base_limits=self._limits, **arguments)
+
     def _drive(self, sock: socket.socket, exchange: Exchange, fresh: bool) -> Result:
         try:
             if fresh:
-                protocol.send(sock, hello())
+                protocol.send(sock, protocol.hello())
             buffers, fd = exchange.packet()
             try:
                 protocol.send_packed(sock, buffers, fd)
@@ -212,6 +224,7 @@ class Sandbox:
             sock = self._idle.pop() if self._idle else None
             if sock is not None:
                 self._busy.add(sock)
+                sock.setblocking(True)
                 return sock, False
         try:
             sock = self._engine.connect() if self._engine is not None else open_daemon(self._path or "")
@@ -225,7 +238,7 @@ class Sandbox:
     @staticmethod
     def _greeted(sock: socket.socket) -> socket.socket:
         try:
-            protocol.send(sock, hello())
+            protocol.send(sock, protocol.hello())
             answer = protocol.receive(sock)
         except BaseException as error:
             sock.close()
@@ -315,7 +328,7 @@ def _cancel(sock: socket.socket) -> None:
     """Ask for the end of the run on *sock* and wait for it, but not long."""
     with contextlib.suppress(OSError, SandboxError):
         sock.settimeout(CANCEL_SECONDS)
-        protocol.send(sock, CANCEL)
+        protocol.send(sock, protocol.CANCEL)
         while (packet := protocol.receive(sock)) is not None:
             packet.close()
             if packet.message.get("op") in ("result", "refused"):

@@ -10,7 +10,6 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
@@ -20,18 +19,10 @@ from sandboxd.protocol import Buffer, Packet
 from sandboxd.request import RunRequest
 from sandboxd.result import Result
 
-__all__ = ["CANCEL", "Exchange", "FileContent", "TextCallback", "hello"]
+__all__ = ["Exchange", "FileContent", "TextCallback"]
 
 TextCallback = Callable[[str], object]
 FileContent = bytes | bytearray | memoryview | str | Path
-
-CANCEL: Final = {"op": "cancel"}
-
-
-def hello() -> dict[str, Any]:
-    """The first packet of a connection."""
-    return {"op": "hello", "version": protocol.VERSION, "client": "sandboxd-python"}
-
 
 def _content(path: str, content: object) -> bytes | memoryview:
     if isinstance(content, str):

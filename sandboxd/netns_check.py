@@ -4,8 +4,8 @@ A cell's namespace is never configured, so it holds a loopback interface that is
 module asks the kernel by rtnetlink, through pyroute2, and is used by the self-test, ``doctor`` and the tests; nothing
 on the path of a request imports it.
 
-``python -m sandboxd.netns_check`` makes a fresh user and network namespace, checks that, and prints a JSON array of
-problems.
+``python -m sandboxd.netns_check [PATH]`` checks PATH, or makes a fresh user and network namespace and checks that, and
+prints a JSON array of problems.
 """
 
 from __future__ import annotations
@@ -106,11 +106,15 @@ def problems(
 
 
 def main() -> None:
-    """Check a fresh namespace of our own making; for a process that does nothing else."""
+    """Check the namespace that the first argument names, or a fresh one of our own making; for a process that does
+    nothing else.
+    """
     import json
 
-    _call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
-    sys.stdout.write(json.dumps(check_empty()))
+    path = sys.argv[1] if len(sys.argv) > 1 else None
+    if path is None:
+        _call("unshare", CLONE_NEWUSER | CLONE_NEWNET)
+    sys.stdout.write(json.dumps(check_empty(path)))
 
 
 if __name__ == "__main__":

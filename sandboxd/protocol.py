@@ -25,10 +25,12 @@ from typing import Any, Final
 from sandboxd.errors import ProtocolError
 
 __all__ = [
+    "CANCEL",
     "JSON_BYTES",
     "PAYLOAD_BYTES",
     "VERSION",
     "Packet",
+    "hello",
     "pack",
     "receive",
     "send",
@@ -47,6 +49,13 @@ PAYLOAD_BYTES: Final = 4 << 30
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 Buffer = bytes | bytearray | memoryview
+
+CANCEL: Final = {"op": "cancel"}
+
+
+def hello() -> dict[str, Any]:
+    """A client's first packet on a connection."""
+    return {"op": "hello", "version": VERSION, "client": "sandboxd-python"}
 
 
 @dataclass(slots=True)

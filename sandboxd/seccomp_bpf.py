@@ -206,10 +206,10 @@ def _frame(profile: Profile, sections: dict[_Rows, int]) -> list[_Instruction]:
             if len(rows) > 1:
                 key = tuple((row.action, row.tests) for row in rows)
                 action = _TRACE | sections.setdefault(key, len(sections) + 1)
-            elif rows[0].action == usual:
+            elif (only := next(iter(rows)).action) == usual:
                 continue
             else:
-                action = _returned(rows[0].action)
+                action = _returned(only)
             # By number: a name that libseccomp does not know would be -1, and its rule gone.
             made.add_rule_exactly(action, number)
         return _parse(_exported(made))
@@ -221,7 +221,7 @@ def _frame(profile: Profile, sections: dict[_Rows, int]) -> list[_Instruction]:
 
 def _usual_refusal(profile: Profile) -> Action:
     """The refusal that most numbers have, so that the tree need not hold them; the default where that is no gain."""
-    counts = Counter(rows[0].action for rows in map(profile.rows, profile.numbers) if len(rows) == 1)
+    counts = Counter(next(iter(rows)).action for rows in map(profile.rows, profile.numbers) if len(rows) == 1)
     usual, _ = max(counts.items(), key=lambda item: item[1] if not item[0].permits else 0, default=(ALLOW, 0))
     if usual.permits or len(_runs(profile.numbers)) > _RUNS_MAX:
         return profile.default_action
@@ -256,7 +256,7 @@ def _rest(profile: Profile) -> list[_Instruction]:
 
 def _libseccomp() -> Any:
     try:
-        import pyseccomp
+        import pyseccomp  # pyright: ignore[reportMissingTypeStubs]
     except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: libseccomp.so.2 is not there
         raise Unavailable(
             "seccomp", None, "install libseccomp (Debian: apt install libseccomp2) and pyseccomp", str(error)

@@ -47,17 +47,19 @@ def cached_compile(profile: Profile, directory: Path | None = None) -> bytes:
     if library is None:
         return compile(profile)
     name = hashlib.sha256(f"{IMPLEMENTATION}\n{library}\n{profile.sha256}".encode()).hexdigest() + ".bpf"
-    with contextlib.ExitStack() as stack:
-        try:
-            where = _open_directory(directory or cache_directory())
-            stack.callback(os.close, where)
+    try:
+        where = _open_directory(directory or cache_directory())
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
+        return compile(profile)
+    try:
+        with contextlib.suppress(OSError, ValueError):
             return _load(where, name)
-        except (OSError, ValueError):
-            pass
         program = compile(profile)
-        with contextlib.suppress(OSError, ValueError, UnboundLocalError):
+        with contextlib.suppress(OSError):
             _store(where, name, program)
         return program
+    finally:
+        os.close(where)
 
 
 def _library_identity() -> str | None:

@@ -20,7 +20,7 @@ import itertools
 import json
 import os
 import re
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sandboxd.errors import PolicyError
 from sandboxd.seccomp_profile import unknown_call
@@ -57,7 +57,7 @@ _FLAGS: Final = (
 )
 _REGISTER: Final = WORD << 32 | WORD
 _ERRNO_MAX: Final = 4095  # MAX_ERRNO: the kernel answers no higher one
-_RULES_MAX: Final = 1 << 14
+_RULES_MAX: Final = 500  # of one call; the kernel would take no program for many more
 
 
 def parse(text: str, file: str, kernel: tuple[int, int] | None = None) -> Profile:
@@ -97,7 +97,7 @@ class _Reader:
 
     def read(self, document: object) -> Profile:
         top, under = self.table(document, "the file"), ""
-        if isinstance(linux := top.get("linux"), dict) and "seccomp" in linux:  # a whole config.json
+        if "linux" in top and "seccomp" in (linux := self.table(top["linux"], "linux")):  # a whole config.json
             top, under = self.table(linux["seccomp"], "linux.seccomp"), "linux.seccomp."
         self.only(top, under, _KEYS)
         self.default = self.action(top, "defaultAction", "defaultErrnoRet", under)
@@ -122,8 +122,8 @@ class _Reader:
             if listed and "SCMP_ARCH_X86_64" not in listed:
                 raise self.wrong(f"{under}architectures", _NOT_OURS)
         if "archMap" in top:
-            listed = self.array(top["archMap"], f"{under}archMap")
-            if not any(isinstance(one, dict) and one.get("architecture") == "SCMP_ARCH_X86_64" for one in listed):
+            listed = [self.table(one, f"{under}archMap") for one in self.array(top["archMap"], f"{under}archMap")]
+            if not any(one.get("architecture") == "SCMP_ARCH_X86_64" for one in listed):
                 raise self.wrong(f"{under}archMap", _NOT_OURS)
 
     def entry(self, entry: dict[str, Any], key: str) -> None:
@@ -141,8 +141,8 @@ class _Reader:
             number = self.number(name, action, f"{key}.names")
             if number is not None:
                 self.rules.setdefault(number, []).extend(Rule(number, action, tests, reason) for tests in alternatives)
-        if sum(map(len, self.rules.values())) > _RULES_MAX:
-            raise self.wrong(key, f"the file comes to more than {_RULES_MAX} rules")
+                if len(self.rules[number]) > _RULES_MAX:
+                    raise self.wrong(key, f"there are more than {_RULES_MAX} rules for {name}")
 
     def number(self, name: str, action: Action, key: str) -> int | None:
         if name in NUMBERS:
@@ -198,6 +198,7 @@ class _Reader:
             caps = self.array(conditions.get("caps"), f"{key}.{name}.caps")
             arches = self.array(conditions.get("arches"), f"{key}.{name}.arches")
             least = conditions.get("minKernel")
+            new_enough = False
             if least:
                 match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", least) if isinstance(least, str) else None
                 if match is None:
@@ -227,14 +228,14 @@ class _Reader:
     def table(self, value: object, key: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.wrong(key, "it must be an object")
-        return value
+        return cast("dict[str, Any]", value)
 
     def array(self, value: object, key: str) -> list[Any]:
         if value is None:
             return []
         if not isinstance(value, list):
             raise self.wrong(key, "it must be a list")
-        return value
+        return cast("list[Any]", value)
 
     def only(self, table: dict[str, Any], under: str, allowed: set[str]) -> None:
         for name in table:
@@ -248,7 +249,7 @@ class _Reader:
 def _libseccomp_number(name: str) -> int | None:
     """libseccomp's number of *name*: negative for another architecture's call, None when there is none to be had."""
     try:
-        import pyseccomp
+        import pyseccomp  # pyright: ignore[reportMissingTypeStubs]
     except (ImportError, RuntimeError, AttributeError):
         return None
     number: int = pyseccomp.resolve_syscall(pyseccomp.Arch.X86_64, name)

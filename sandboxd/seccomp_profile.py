@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno as errno_module
 import tomllib
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from sandboxd.errors import PolicyError
 from sandboxd.seccomp_rules import ALLOW, WORD, Action, Operator, Profile, Rule, Test, refuse
@@ -90,7 +90,7 @@ class _Reader:
             self.rules.extend(Rule(number, action, tests, why) for action, tests, why in rows)
 
     def case(self, case: Mapping[str, Any], kind: str, key: str) -> tuple[Action, tuple[Test, ...], str]:
-        own = {"and", "reason"} | ({"errno"} if kind == "refuse" else set())
+        own = {"and", "reason", "errno"} if kind == "refuse" else {"and", "reason"}
         tests = [self.test({name: value for name, value in case.items() if name not in own}, key)]
         for index, more in enumerate(self.array(case.get("and", []), f"{key}.and")):
             tests.append(self.test(self.table(more, f"{key}.and[{index}]"), f"{key}.and[{index}]"))
@@ -156,12 +156,12 @@ class _Reader:
     def table(self, value: object, key: str) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise self.wrong(key, "it must be a table")
-        return value
+        return cast("dict[str, Any]", value)
 
     def array(self, value: object, key: str) -> list[Any]:
         if not isinstance(value, list):
             raise self.wrong(key, "it must be a list")
-        return value
+        return cast("list[Any]", value)
 
     def only(self, table: Mapping[str, Any], under: str, allowed: set[str]) -> None:
         for name in table:

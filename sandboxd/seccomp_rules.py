@@ -44,7 +44,7 @@ NO_CALL: Final = 0xFFFF_FFFF
 """Number -1: what a tracer writes to skip a call. No x32 call, so it gets the default action."""
 
 _REGISTER: Final = 0xFFFF_FFFF_FFFF_FFFF
-_ONES: Final[Arguments] = (_REGISTER,) * 6
+_ONES: Final[Arguments] = (_REGISTER, _REGISTER, _REGISTER, _REGISTER, _REGISTER, _REGISTER)
 
 
 @dataclass(frozen=True, slots=True)

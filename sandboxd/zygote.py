@@ -42,6 +42,7 @@ from sandboxd.errors import Unavailable
 from sandboxd.ids import IdBlock
 from sandboxd.interpreter import Interpreter
 from sandboxd.stages import Stage, unavailable
+from sandboxd.waiting import readable
 
 __all__ = ["CellProcess", "Init", "InitSizes", "Zygote", "ZygoteConfig", "ZygoteLost"]
 
@@ -98,7 +99,7 @@ class ZygoteConfig:
     filter_program: bytes
     landlock_abi: int
     """The lowest ABI that will do; 0 goes without."""
-    walls_down: frozenset[Stage] = frozenset()
+    walls_down: frozenset[int] = frozenset()
     writable_root: bool = False
 
 
@@ -307,10 +308,7 @@ class Zygote:
         self._closed = True
         self._lose()
         native.pidfd_kill(self._pidfd, signal.SIGKILL)
-        gone = self._loop.create_future()
-        self._loop.add_reader(self._pidfd, lambda: gone.done() or gone.set_result(None))
-        await gone
-        self._loop.remove_reader(self._pidfd)
+        await readable(self._pidfd)
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         for end in (self._nursery, self._zygote):
@@ -387,7 +385,7 @@ class Zygote:
             self._loop.remove_reader(fd)
         native.pidfd_kill(self._pidfd, signal.SIGKILL)
         error = ZygoteLost(self.last_words() or "the zygote ended")
-        waiting = [*self._inits, *self._cells, *([self._ready] if self._ready else [])]
+        waiting: list[asyncio.Future[Any]] = [*self._inits, *self._cells, *([self._ready] if self._ready else [])]
         self._inits.clear()
         self._cells.clear()
         for future in waiting:

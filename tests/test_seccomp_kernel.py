@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import faulthandler
 import os
 import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from sandboxd import seccomp
-from sandboxd.seccomp import Answer, Profile
 from sandboxd.syscalls import NAMES, NEWEST, NUMBERS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from sandboxd.seccomp import Answer, Profile
 
 SHIPPED = ("default", "strict")
 MARKER = 4000
@@ -57,6 +62,7 @@ def in_child(program: bytes, work: Callable[[int], None]) -> tuple[bytes, int]:
     if pid == 0:
         try:
             os.close(reader)
+            faulthandler.disable()  # pytest's: the crashes here are wanted
             signal.alarm(20)
             install(program)
             work(writer)
@@ -68,11 +74,10 @@ def in_child(program: bytes, work: Callable[[int], None]) -> tuple[bytes, int]:
     return said, os.waitpid(pid, 0)[1]
 
 
-def answers(program: bytes, calls: list[tuple[int, tuple[int, ...]]]) -> list[int]:
+def answers(program: bytes, calls: Sequence[tuple[int, tuple[int, ...]]]) -> list[int]:
     """The errno of each call, made one after the other in one child under *program*."""
 
     def work(writer: int) -> None:
-        # All at the end, but the pipe is written before anything can hang or kill: each answer as it comes.
         for number, arguments in calls:
             os.write(writer, struct.pack("=i", call(number, arguments)))
 
@@ -95,7 +100,7 @@ def test_exactly_the_allowed_calls_reach_the_kernel(name: str) -> None:
     calls = [(number, answer.arguments or ()) for number, answer in rows]
     found = answers(seccomp.compile(profile, marker_errno=MARKER), calls)
     wrong = [
-        f"{NAMES.get(number, number)} {[hex(argument) for argument in answer.arguments or ()]}: {answer.action}, got {got}"
+        f"{NAMES.get(number, number)} {answer}, got {got}"
         for (number, answer), got in zip(rows, found, strict=True)
         if (got != MARKER) != answer.action.permits
     ]
@@ -138,7 +143,9 @@ def test_uretprobe_passes_a_filter_that_refuses_it() -> None:
     assert os.WIFSIGNALED(status) or said
 
 
-@pytest.mark.parametrize("number", [0x40000000, 0x40000000 | 39, 0x40000000 | 59, 0x40000000 | 520, 0x40000000 | NEWEST])
+@pytest.mark.parametrize(
+    "number", [0x40000000, 0x40000000 | 39, 0x40000000 | 59, 0x40000000 | 520, 0x40000000 | NEWEST]
+)
 def test_x32_numbers_kill(number: int) -> None:
     program = seccomp.compile(seccomp.effective("default"))
     _, status = in_child(program, lambda writer: (call(number, (0,) * 6), None)[1])
@@ -160,7 +167,8 @@ def test_i386_calls_kill() -> None:
         os.write(writer, b"reached")
 
     said, status = in_child(seccomp.compile(seccomp.effective("default")), work)
-    assert (said, os.WTERMSIG(status)) == (b"", signal.SIGSYS)
+    assert said == b""
+    assert os.WTERMSIG(status) in (signal.SIGSYS, signal.SIGSEGV)  # SEGV where the kernel has no IA32 emulation
 
 
 def test_kill_takes_the_whole_process_not_the_thread() -> None:
@@ -214,7 +222,11 @@ exec(compile(source, program_file, "exec"), {"__name__": "__main__"})
 
 def run_under(profile: Profile, source: str, directory: Path, mode: str = "exec") -> subprocess.CompletedProcess[str]:
     """Run *source* as a Python program under *profile*, in *directory*; "here" does it without another execve."""
-    for name, content in (("filter", seccomp.compile(profile)), ("main.py", source.encode()), ("under", UNDER.encode())):
+    for name, content in (
+        ("filter", seccomp.compile(profile)),
+        ("main.py", source.encode()),
+        ("under", UNDER.encode()),
+    ):
         (directory / name).write_bytes(content)
     command = [sys.executable, str(directory / "under"), str(directory / "filter"), str(directory / "main.py"), mode]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(directory), "MPLBACKEND": "Agg", "OPENBLAS_NUM_THREADS": "2"}
@@ -261,7 +273,7 @@ PURE = {
     "ctypes": "import ctypes; assert ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 7)() == 7",
     "mmap": "import mmap; m = mmap.mmap(-1, 1 << 20); m[:3] = b'abc'; m.flush(); m.resize(1 << 21)",
     "random": "import os, secrets, uuid, random; os.urandom(9); secrets.token_hex(); uuid.uuid4(); random.random()",
-    "platform": "import platform, time, locale, os; platform.platform(); time.sleep(0.001); os.cpu_count(); os.getloadavg",
+    "platform": "import platform, time, locale, os; platform.platform(); time.sleep(0.001); os.cpu_count()",
     "xattr-copy": "import os, shutil; open('a', 'w').close(); os.listxattr('a'); shutil.copystat('a', '.')",
 }
 MORE = {
@@ -273,10 +285,10 @@ MORE = {
     "c = socket.socket(socket.AF_UNIX); c.connect('s'); a, _ = s.accept(); a.send(b'x'); assert c.recv(1) == b'x'",
     "coreutils": "import subprocess; subprocess.run('set -e; echo x > a; cp -a a b; mv b c; ln -s a l; ln a h; ls -la; "
     "sort a; find . -name a; tar cf t.tar a; tar xf t.tar; mkdir -p p/q; touch -d @0 p; install -m 600 a i; mkfifo f; "
-    "rm -r p; df . ; stat a; cat a a > d; head -c 10 /dev/zero | wc -c; nice true; timeout 5 true; date; id; xargs < a', "
+    "rm -r p; df . ; stat a; cat a a > d; head -c 10 /dev/zero | wc -c; nice true; timeout 5 true; date; id', "
     "shell=True, check=True)",
     "nice": "import os; os.nice(1)",
-    "inotify-and-timers": "import ctypes; l = ctypes.CDLL(None); assert l.inotify_init1(0) > 0; assert l.timerfd_create(1, 0) > 0",
+    "watches": "import ctypes; c = ctypes.CDLL(None); assert c.inotify_init1(0) > 0; assert c.timerfd_create(1, 0) > 0",
     "fifo": "import os; os.mkfifo('f')",
     **{f"multiprocessing-{m}": MULTIPROCESSING.format(method=m) for m in ("fork", "spawn", "forkserver")},
 }
@@ -300,7 +312,10 @@ STRICT_REFUSES = {
     "exec": ("import os; os.execv('/bin/true', ['true'])", "PermissionError"),
     "unix-socket": ("import socket; socket.socket(socket.AF_UNIX)", "OSError: [Errno 97]"),
     "fifo": ("import os; os.mkfifo('f')", "PermissionError"),
-    "multiprocessing": ("import multiprocessing; multiprocessing.get_context('fork').Process().start()", "PermissionError"),
+    "multiprocessing": (
+        "import multiprocessing; multiprocessing.get_context('fork').Process().start()",
+        "PermissionError",
+    ),
 }
 
 
@@ -331,6 +346,34 @@ print("done")
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
+NODE = """
+const {Worker} = require("worker_threads"), fs = require("fs"), net = require("net");
+new Worker('require("worker_threads").parentPort.postMessage(1)', {eval: true});
+require("child_process").exec("echo child", (error, out) => process.stdout.write(out));
+fs.writeFileSync("a.txt", "x"); fs.watch("a.txt").close(); fs.promises.readFile("a.txt");
+const server = net.createServer(c => c.end("x"));
+server.listen("socket", () => net.connect("socket").on("data", () => server.close()));
+"""
+SHELL = """
+for i in 1 2 3; do echo $i; done | sort -r | (read x; [ $x = 3 ]) || exit 1
+cat <(echo child); trap : EXIT; sleep 0.01 & wait; ulimit -S -c 0; kill -0 $$
+"""
+REPOSITORY = "git init -q . && git -c user.name=a -c user.email=a@b commit -q --allow-empty -m x && echo child"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["node", "-e", NODE], ["bash", "-c", SHELL], ["sh", "-c", f"command -v git > /dev/null && {REPOSITORY}"]],
+    ids=["node", "bash", "git"],
+)
+def test_other_programs_run_under_default(command: list[str], tmp_path: Path) -> None:
+    needed = "git" if "git" in command[-1] else command[0]
+    if subprocess.run(["sh", "-c", f"command -v {needed}"], stdout=subprocess.DEVNULL).returncode:
+        pytest.skip(f"{needed} is not installed")
+    done = run_under(seccomp.effective("default"), f"import os; os.execvp({command[0]!r}, {command!r})", tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "child\n", "")
+
+
 def test_compiler_runs_under_default(tmp_path: Path) -> None:
     source = (
         "import subprocess; open('a.c', 'w').write('int main(void) { return 7; }')\n"
@@ -343,8 +386,18 @@ def test_compiler_runs_under_default(tmp_path: Path) -> None:
 
 
 FAILURES = [
-    ("abort", "import faulthandler, os; faulthandler.enable(); os.abort()", -signal.SIGABRT, "Fatal Python error: Aborted"),
-    ("segfault", "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(0)", -signal.SIGSEGV, "Segmentation"),
+    (
+        "abort",
+        "import faulthandler, os; faulthandler.enable(); os.abort()",
+        -signal.SIGABRT,
+        "Fatal Python error: Aborted",
+    ),
+    (
+        "segfault",
+        "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(0)",
+        -signal.SIGSEGV,
+        "Segmentation",
+    ),
     (
         "memory",
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); b'x' * (2 << 30)",
@@ -354,7 +407,7 @@ FAILURES = [
     ("recursion", "def f(): f()\nf()", 1, "RecursionError"),
     ("kill-itself", "import os; os.kill(os.getpid(), 9)", -signal.SIGKILL, ""),
     ("interrupt", "import signal; signal.raise_signal(2)", -signal.SIGINT, "KeyboardInterrupt"),
-    ("thread-limit", "import resource, threading\nraise SystemExit(3)", 3, ""),
+    ("exit-status", "raise SystemExit(3)", 3, ""),
 ]
 
 

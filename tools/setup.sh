@@ -90,6 +90,6 @@ setup_environment() {
     ((${#missing[@]} == 0)) || install_packages "${missing[@]}"
     say "Installing sandboxd[$extra] into $VENV"
     "$VENV/bin/python" -c 'import pip' 2>/dev/null || "$VENV/bin/python" -m ensurepip >&2
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "${TREE}[$extra]"
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable "${TREE}[$extra]"
     fingerprint >"$VENV/.sandboxd-$extra"
 }

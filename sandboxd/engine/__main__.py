@@ -21,6 +21,7 @@ from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.engine.prepared import Prepared
 from sandboxd.errors import ProtocolError, SandboxError, Unavailable
+from sandboxd.waiting import readable, resolve
 
 __all__ = ["main"]
 
@@ -42,54 +43,57 @@ class Embedded:
         self._loop.add_reader(OWNER, self._end)
 
     def _end(self) -> None:
-        if not self._over.done():
-            self._over.set_result(None)
+        resolve(self._over)
 
     async def serve(self) -> None:
         """Configure, say so, then take connections until the end."""
         try:
-            engine = await self._configure()
-        except SandboxError as error:
-            protocol.send(self._control, {"op": "refused", "error": error.plain()})
-            return
-        except OSError as error:
-            refusal = Unavailable("engine", error.errno, "look at its message", str(error))
-            protocol.send(self._control, {"op": "refused", "error": refusal.plain()})
-            return
-        finally:
-            if self._engine is not None and (self._over.done() or sys.exc_info()[0] is not None):
-                await self._engine.close()
-        try:
+            refusal = await self._configure()
+            if refusal is not None:
+                with contextlib.suppress(OSError):
+                    protocol.send(self._control, {"op": "refused", "error": refusal.plain()})
+                return
             protocol.send(self._control, {"op": "ready", "version": protocol.VERSION})
             self._control.setblocking(False)
             self._loop.add_reader(self._control.fileno(), self._take)
             await self._over
         finally:
             self._loop.remove_reader(self._control.fileno())
-            await engine.close()
-            for task in list(self._connections):
-                task.cancel()
-            if self._connections:
-                await asyncio.wait(self._connections, timeout=2)
+            await self._close()
 
-    async def _configure(self) -> Engine:
-        packet = protocol.receive(self._control)
-        if packet is None or packet.message.get("op") != "configure":
-            raise ProtocolError("The first packet must be configure.")
-        self._plain = packet.message["policy"]
-        engine = self._engine = Engine(EngineConfig.from_plain(packet.message["engine"]))
+    async def _configure(self) -> SandboxError | None:
+        """Start the engine and its policy; the error to report when that cannot be."""
         try:
-            engine.start(self._plain["limits"]["pids"])
-        except BaseException:
-            self._engine = None
-            raise
-        try:
+            settings = await self._packet("configure")
+            self._engine = engine = Engine(EngineConfig.from_plain(settings["engine"]))
+            engine.start()
+            engine.foresee()
+            self._plain = (await self._packet("policy"))["policy"]
             await self._policy(None)
-        except BaseException:
-            await engine.close()
-            self._engine = None
-            raise
-        return engine
+        except SandboxError as error:
+            return error
+        except OSError as error:
+            return Unavailable("engine", error.errno, "sandboxd doctor says what this host lacks", str(error))
+        return None
+
+    async def _packet(self, operation: str) -> dict[str, Any]:
+        """The next packet of the control socket, which must be *operation*. Raises ProtocolError, also at the end."""
+        ready = self._loop.create_task(readable(self._control.fileno()))
+        await asyncio.wait({ready, self._over}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        packet = None if self._over.done() else protocol.receive(self._control)
+        if packet is None or packet.message.get("op") != operation:
+            raise ProtocolError(f"The next packet must be {operation}.")
+        packet.close()
+        return packet.message
+
+    async def _close(self) -> None:
+        if self._engine is not None:
+            await self._engine.close()
+        for task in list(self._connections):
+            task.cancel()
+        if self._connections:
+            await asyncio.wait(self._connections, timeout=2)
 
     async def _policy(self, name: str | None) -> Prepared:
         assert self._engine is not None  # noqa: S101

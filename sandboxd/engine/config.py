@@ -11,7 +11,7 @@ from sandboxd.errors import PolicyError
 
 __all__ = ["EngineConfig", "host_memory_bytes"]
 
-_PIDS_PER_RUN: Final = 64
+_PIDS_PER_RUN: Final = 256  # four times what a run may have by default
 _ENGINE_PIDS: Final = 1024
 
 
@@ -28,11 +28,14 @@ class EngineConfig:
     memory_bytes: int | None = None
     """Of engine, zygotes and cells together. Default: 80 % of what the host or the container has."""
     pids: int | None = None
-    """Of zygotes and cells together. Default: enough for max_running cells of the policy's size."""
+    """Tasks of zygotes and cells together. Default: 256 for each of max_running, and 1,024."""
     ids: str | None = None
     """Host ids for user namespaces, "base:count"; else /etc/subuid, else a documented range."""
     walls_down: tuple[str, ...] = ()
     """Names of walls that are left out, for tests of the others. Every receipt lists them as missing."""
+    marker_errno: int | None = None
+    """What every refusal of the seccomp filter answers instead of its own errno, for the sweep over all system calls:
+    an errno that the kernel never gives tells the two apart. Every receipt lists it as missing."""
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> EngineConfig:
@@ -41,7 +44,7 @@ class EngineConfig:
         for key, value in plain.items():
             if key not in known:
                 raise PolicyError(f"{key!r} is not an engine's setting. They are {', '.join(sorted(known))}.", key=key)
-            if key in ("max_running", "max_queued", "max_clients", "memory_bytes", "pids"):
+            if key in ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "marker_errno"):
                 if value is not None and (type(value) is not int or value < 1):
                     raise PolicyError(f"{key} must be a whole number from 1, not {value!r}.", key=key)
             elif key == "ids" and not (value is None or isinstance(value, str)):
@@ -56,9 +59,9 @@ class EngineConfig:
         """memory_bytes with its default."""
         return self.memory_bytes or host_memory_bytes() * 8 // 10
 
-    def tasks(self, per_run: int | None) -> int:
-        """pids with its default; *per_run* is the largest of the policies' own bounds."""
-        return self.pids or self.running() * (per_run or _PIDS_PER_RUN) + _ENGINE_PIDS
+    def tasks(self) -> int:
+        """pids with its default."""
+        return self.pids or self.running() * _PIDS_PER_RUN + _ENGINE_PIDS
 
 
 def host_memory_bytes(proc: Path = Path("/proc")) -> int:

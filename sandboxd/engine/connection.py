@@ -20,6 +20,7 @@ from sandboxd.engine.prepared import Prepared
 from sandboxd.engine.run import CellRun
 from sandboxd.errors import ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.protocol import Packet
+from sandboxd.waiting import readable, writable
 from sandboxd.wire import parse_header
 
 __all__ = ["Connection"]
@@ -112,7 +113,9 @@ class Connection:
 
         async def execute() -> None:
             prepared = await self._policies(name)
-            header, texts, files = await self._engine.run(prepared, request, self._client, emit, started.append)
+            header, texts, files = await self._engine.run(
+                prepared, request, self._client, emit, started.append, self._notice
+            )
             try:
                 await self._send_result(header, texts, files)
             finally:
@@ -174,6 +177,9 @@ class Connection:
         for start in range(0, len(data), protocol.INLINE_BYTES // 2):
             await self._send({"op": "output", "stream": stream}, [data[start : start + protocol.INLINE_BYTES // 2]])
 
+    async def _notice(self, what: str) -> None:
+        await self._send({"op": what})
+
     async def _send_result(self, header: dict[str, Any], texts: list[bytes], files: Any) -> None:
         message = {"op": "result", "result": header}
         if files.fd < 0:
@@ -205,27 +211,14 @@ class Connection:
                         protocol.send_packed(self._sock, buffers, fd)
                         return
                     except BlockingIOError:
-                        await self._writable()
+                        await writable(self._sock.fileno())
         finally:
             if fd >= 0:
                 os.close(fd)
-
-    async def _writable(self) -> None:
-        ready = self._loop.create_future()
-        self._loop.add_writer(self._sock.fileno(), lambda: ready.done() or ready.set_result(None))
-        try:
-            await ready
-        finally:
-            self._loop.remove_writer(self._sock.fileno())
 
     async def _receive(self) -> Packet | None:
         while True:
             try:
                 return protocol.receive(self._sock)
             except BlockingIOError:
-                ready = self._loop.create_future()
-            self._loop.add_reader(self._sock.fileno(), lambda: ready.done() or ready.set_result(None))  # noqa: B023
-            try:
-                await ready
-            finally:
-                self._loop.remove_reader(self._sock.fileno())
+                await readable(self._sock.fileno())

@@ -14,17 +14,18 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from sandboxd import cgroup, ids
+from sandboxd import cgroup, ids, seccomp
 from sandboxd.engine import selftest
 from sandboxd.engine.config import EngineConfig
-from sandboxd.engine.prepared import Prepared, kernel_release, prepare
+from sandboxd.engine.prepared import Prepared, RootPlans, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
 from sandboxd.engine.slots import Slot, Slots
 from sandboxd.engine.workspace import Collected
-from sandboxd.errors import Busy, PolicyError, Unavailable
+from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
+from sandboxd.interpreter import Interpreter
 from sandboxd.limits import LimitValue, defaults, narrow
 from sandboxd.wire import Run, check_inputs_fit
 from sandboxd.zygote import ZygoteLost
@@ -57,8 +58,9 @@ class Engine:
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._undo = contextlib.ExitStack()
         self._closed = False
+        self.roots = RootPlans(self)
 
-    def start(self, per_run_pids: int | None = None) -> None:
+    def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
         if os.geteuid() != 0:
             raise Unavailable(
@@ -72,7 +74,7 @@ class Engine:
             log.warning("swept what a dead engine left: %s", swept)
         running = self.config.running()
         with contextlib.ExitStack() as undo:
-            bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks(per_run_pids))
+            bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks())
             self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
             self.ids = undo.enter_context(ids.claim(self.config.ids))
             self.slot_ids = self.ids.slots()
@@ -85,6 +87,12 @@ class Engine:
             self.slots = Slots(self.instance, min(running + SPARE_SLOTS, self.slot_ids.capacity), self.ids.base)
             undo.callback(self.slots.close)
             self._undo = undo.pop_all()
+
+    def foresee(self) -> None:
+        """Before the policy comes: the root for this interpreter and the default filter are most likely asked for."""
+        with contextlib.suppress(SandboxError):
+            self.roots.plan(Interpreter.current())
+            seccomp.effective("default")
 
     # Policies
 
@@ -135,8 +143,10 @@ class Engine:
         owner: dict[str, Any],
         emit: Emit | None,
         announce: Callable[[CellRun], None],
+        notice: Callable[[str], Awaitable[None]] | None = None,
     ) -> tuple[dict[str, Any], list[bytes], Collected]:
-        """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be cancelled.
+        """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be cancelled;
+        *notice* is told "queued" when it has to wait, and then "admitted".
 
         Raises PolicyError, InvalidRequest, Busy, Unavailable: nothing of the program ran then.
         """
@@ -152,7 +162,7 @@ class Engine:
         announce(run)
         try:
             wait = limits["queue_seconds"]
-            await self._admit(None if wait is None else float(wait))
+            await self._admit(None if wait is None else float(wait), notice)
             try:
                 return await run.execute(time.monotonic() - queued)
             finally:
@@ -160,7 +170,7 @@ class Engine:
         finally:
             del self.live[identity], self.owners[identity]
 
-    async def _admit(self, wait_seconds: float | None) -> None:
+    async def _admit(self, wait_seconds: float | None, notice: Callable[[str], Awaitable[None]] | None) -> None:
         """Take one of max_running turns, first come first served. Raises Busy."""
         if self._running < self.config.running() and not self._waiting:
             self._running += 1
@@ -170,12 +180,17 @@ class Engine:
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(turn)
         try:
-            await asyncio.wait_for(turn, wait_seconds)
-        except TimeoutError:
-            raise Busy(1.0) from None
-        except asyncio.CancelledError:
+            async with asyncio.timeout(wait_seconds):
+                if notice is not None:
+                    await notice("queued")
+                await turn
+                if notice is not None:
+                    await notice("admitted")
+        except BaseException as error:
             if turn.done() and not turn.cancelled():
                 self._leave()  # it had become our turn just then
+            if isinstance(error, TimeoutError):
+                raise Busy(1.0) from None
             raise
         finally:
             with contextlib.suppress(ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -17,23 +18,29 @@ from sandboxd.zygote import INSIDE, Zygote, ZygoteConfig
 if TYPE_CHECKING:
     from sandboxd.engine.core import Engine
 
-__all__ = ["WALLS", "Prepared", "prepare"]
+__all__ = ["WALLS", "Prepared", "RootPlans", "prepare"]
 
 NAMESPACES: Final = ["user", "pid", "mount", "network", "ipc", "uts", "cgroup"]
 SCOPES_ABI: Final = 6
 NETWORK_ABI: Final = 4
 
-WALLS: Final[dict[str, frozenset[Stage]]] = {
-    "namespaces": frozenset({Stage.NAMESPACES}),
+WALLS: Final[dict[str, frozenset[int]]] = {
+    "network": frozenset({48}),
+    "ipc": frozenset({49}),
+    "uts": frozenset({50}),
     "cgroupns": frozenset({Stage.CGROUPNS}),
-    "uid": frozenset({Stage.IDS, Stage.CAPS}),
+    "fds": frozenset({Stage.FDS}),
+    "rlimits": frozenset({Stage.RLIMITS}),
+    "ids": frozenset({Stage.IDS}),
+    "caps": frozenset({Stage.CAPS}),
     "landlock": frozenset({Stage.LANDLOCK}),
     "seccomp": frozenset({Stage.SECCOMP}),
-    "rlimits": frozenset({Stage.RLIMITS}),
-    "fds": frozenset(),
     "read-only": frozenset(),
 }
-"""Walls that a test may leave out by name, and the cell's steps that raise each ("read-only" is the root's planner)."""
+"""Walls that a test may leave out by name, and what of a cell's steps raises each (native/cell.c; the numbers from 48 on
+are parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no program
+could be run without them.
+"""
 
 
 @dataclass(slots=True)
@@ -66,6 +73,25 @@ class Prepared:
         }
 
 
+class RootPlans:
+    """The roots' operations by interpreter; the host is looked at once for each."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._plans: dict[Interpreter, list[rootfs.Op]] = {}
+
+    def plan(self, python: Interpreter) -> list[rootfs.Op]:
+        """The operations for *python*. Raises Unavailable."""
+        found = self._plans.get(python)
+        if found is None:
+            inside = [(str(INSIDE), rootfs.INSIDE_DIRECTORY)]
+            found = rootfs.plan_host(python, inside, slots=self._engine.slot_ids)
+            # What libraries write while they are imported; each cell's own tmpfs covers it.
+            scratch = rootfs.Op(rootfs.Kind.TMPFS, "tmp", "mode=1777,size=256m", flags=rootfs.NOSUID | rootfs.NODEV)
+            found = self._plans[python] = [*found, scratch]
+        return found
+
+
 async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     """Bring *plain* (``Policy.plain()``) into force. Raises Unavailable, PolicyError."""
     down = frozenset(engine.config.walls_down)
@@ -80,14 +106,16 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     chosen = plain["seccomp"]
     profile = seccomp.effective(chosen["profile"], chosen["allow"], chosen["deny"])
     python = Interpreter.probe(runtime["interpreter"]) if runtime["interpreter"] else Interpreter.current()
-    operations = rootfs.plan_host(python, [(str(INSIDE), rootfs.INSIDE_DIRECTORY)], slots=engine.slot_ids)
-    # What libraries write while they are imported; each cell's own tmpfs covers it.
-    operations.append(rootfs.Op(rootfs.Kind.TMPFS, "tmp", "mode=1777,size=256m", flags=rootfs.NOSUID | rootfs.NODEV))
+    operations = engine.roots.plan(python)
     if "read-only" in down:
         operations = [
             rootfs.Op(op.kind, op.target, op.source, op.data, op.mode, op.flags & ~rootfs.RDONLY) for op in operations
         ]
-    filter_program = await asyncio.to_thread(seccomp.cached_compile, profile, None)
+    marker = engine.config.marker_errno
+    if marker is None:
+        filter_program = await asyncio.to_thread(seccomp.cached_compile, profile, None)
+    else:
+        filter_program = await asyncio.to_thread(functools.partial(seccomp.compile, profile, marker_errno=marker))
     zygote = await Zygote.start(
         ZygoteConfig(
             python=python,
@@ -102,6 +130,8 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
         engine.instance.zygotes_attach,
     )
     missing = [f"wall left out: {name}" for name in sorted(down)]
+    if marker is not None:
+        missing.append(f"seccomp: the errnos of refusals (all answer {marker})")
     missing += [f"cgroup: {what}" for what in engine.instance.facts()["missing"]]
     if zygote.landlock_abi == 0:
         missing.append("landlock")

@@ -1,0 +1,194 @@
+"""AsyncSandbox: the same handle for asyncio. Packets are read and callbacks called on the caller's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from sandboxd import protocol
+from sandboxd.client import CANCEL_SECONDS, Sandbox
+from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError
+from sandboxd.waiting import readable, writable
+
+if TYPE_CHECKING:
+    from sandboxd.exchange import Exchange, FileContent, TextCallback
+    from sandboxd.policy import Limits, Policy
+    from sandboxd.protocol import Packet
+    from sandboxd.result import Result
+
+__all__ = ["AsyncSandbox"]
+
+
+class AsyncSandbox:
+    """A Sandbox whose methods are awaited; arguments and errors are those of Sandbox.
+
+    The engine is started by ``async with``, or by the first run. Cancelling a task kills its run, then the cancellation
+    goes on. To be used from one loop.
+    """
+
+    def __init__(
+        self,
+        policy: str | Path | Policy = "default",
+        *,
+        limits: Limits | None = None,
+        max_running: int | None = None,
+        memory_bytes: int | None = None,
+        ids: str | None = None,
+    ) -> None:
+        self._start = lambda: Sandbox(
+            policy, limits=limits, max_running=max_running, memory_bytes=memory_bytes, ids=ids
+        )
+        self._prepare()
+
+    @classmethod
+    def connect(cls, address: str, *, policy: str | None = None, limits: Limits | None = None) -> Self:
+        """On the daemon at *address*, which is called when it is first needed."""
+        self = cls.__new__(cls)
+        self._start = lambda: Sandbox.connect(address, policy=policy, limits=limits)
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        self._sandbox: Sandbox | None = None
+        self._starting = asyncio.Lock()
+        self._closed = False
+
+    async def _opened(self) -> Sandbox:
+        if self._closed:
+            raise RuntimeError("This AsyncSandbox is closed.")
+        async with self._starting:
+            if self._sandbox is None:
+                starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+                try:
+                    self._sandbox = await asyncio.shield(starting)
+                except asyncio.CancelledError:
+                    # The thread cannot be stopped; what it made must not stay behind.
+                    starting.add_done_callback(_close_unwanted)
+                    raise
+            return self._sandbox
+
+    async def run(
+        self,
+        code: str | bytes,
+        *,
+        language: str = "python",
+        limits: Limits | None = None,
+        args: Sequence[str] = (),
+        files: Mapping[str, FileContent] | None = None,
+        stdin: bytes | str | None = None,
+        env: Mapping[str, str] | None = None,
+        filename: str = "main.py",
+        results: bool = True,
+        on_stdout: TextCallback | None = None,
+        on_stderr: TextCallback | None = None,
+    ) -> Result:
+        """As ``Sandbox.run``."""
+        sandbox = await self._opened()
+        exchange = sandbox._exchange(
+            code,
+            language=language,
+            limits=limits,
+            args=list(args),
+            files=files,
+            stdin=stdin,
+            env=env,
+            filename=filename,
+            results=results,
+            on_stdout=on_stdout,
+            on_stderr=on_stderr,
+        )
+        sock, fresh = sandbox._connection()
+        sock.setblocking(False)
+        keep = False
+        try:
+            result = await _drive(sock, exchange, fresh)
+            keep = True
+        except SandboxError as error:
+            keep = not isinstance(error, ConnectionLost | ProtocolError)
+            sandbox._check_open()
+            raise
+        except BaseException:
+            await _cancel(sock)
+            raise
+        finally:
+            sandbox._settle(sock, keep=keep)
+        return result
+
+    async def close(self) -> None:
+        """As ``Sandbox.close``."""
+        self._closed = True
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None:
+            await asyncio.to_thread(sandbox.close)
+
+    async def __aenter__(self) -> Self:
+        await self._opened()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        return f"<AsyncSandbox {self._sandbox!r}>"
+
+
+def _close_unwanted(starting: asyncio.Future[Sandbox]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().close()
+
+
+async def _drive(sock: socket.socket, exchange: Exchange, fresh: bool) -> Result:
+    try:
+        if fresh:
+            await _send(sock, *protocol.pack(protocol.hello()))
+        await _send(sock, *exchange.packet())
+        exchange.sent = True
+        while True:
+            packet = await _receive(sock)
+            if packet is None:
+                raise exchange.lost()
+            if exchange.feed(packet):
+                assert exchange.result is not None  # noqa: S101 (feed's promise)
+                return exchange.result
+    except (BrokenPipeError, ConnectionResetError) as error:
+        raise exchange.lost() from error
+
+
+async def _cancel(sock: socket.socket) -> None:
+    """Ask for the end of the run and wait for it, but not long; a second cancellation ends the wait."""
+    with contextlib.suppress(OSError, SandboxError, TimeoutError):
+        async with asyncio.timeout(CANCEL_SECONDS):
+            await _send(sock, *protocol.pack(protocol.CANCEL))
+            while (packet := await _receive(sock)) is not None:
+                packet.close()
+                if packet.message.get("op") in ("result", "refused"):
+                    return
+
+
+async def _send(sock: socket.socket, buffers: Sequence[Any], fd: int) -> None:
+    try:
+        while True:
+            try:
+                protocol.send_packed(sock, buffers, fd)
+                return
+            except BlockingIOError:
+                await writable(sock.fileno())
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+async def _receive(sock: socket.socket) -> Packet | None:
+    while True:
+        try:
+            return protocol.receive(sock)
+        except BlockingIOError:
+            await readable(sock.fileno())

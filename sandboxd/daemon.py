@@ -1,0 +1,269 @@
+"""The daemon: one engine behind a Unix socket, for clients that its operator lets in.
+
+Who may connect is the file system's affair: the socket is 0660 in a directory of 0750, both of group `sandboxd`. Who
+connected is the kernel's word (SO_PEERCRED). A client names an installed policy and may narrow its limits; it never
+sends a path, a policy's text or an interpreter. SIGTERM and SIGINT end the daemon: runs are killed, nothing stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import grp
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import struct
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sandboxd.engine.config import EngineConfig
+from sandboxd.engine.connection import Connection
+from sandboxd.engine.core import Engine
+from sandboxd.engine.prepared import Prepared
+from sandboxd.errors import PolicyError, SandboxError, Unavailable
+
+__all__ = ["Daemon", "DaemonConfig", "load_config", "main"]
+
+log = logging.getLogger("sandboxd")
+
+SOCKET: Final = Path("/run/sandboxd/sandboxd.sock")
+CONFIG: Final = Path("/etc/sandboxd/sandboxd.toml")
+GROUP: Final = "sandboxd"
+CLIENTS_PER_UID: Final = 256
+_ENGINE_KEYS: Final = ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "ids")
+_LATER: Final = ("pool", "audit")
+_UCRED: Final = struct.Struct("=iII")
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonConfig:
+    """The configuration file's keys; a command line option for the socket goes before it."""
+
+    socket: Path = SOCKET
+    group: str | None = GROUP
+    policies_dir: Path | None = None
+    default_policy: str = "default"
+    engine: EngineConfig = EngineConfig()
+
+
+def load_config(path: Path | None) -> DaemonConfig:
+    """Read a TOML file; without *path* the default one if it is there. Raises PolicyError that names key and file."""
+    chosen = path or CONFIG
+    try:
+        with open(chosen, "rb") as file:
+            table = tomllib.load(file)
+    except FileNotFoundError:
+        if path is None:
+            return DaemonConfig()
+        raise PolicyError("there is no such file", file=str(path)) from None
+    except (OSError, ValueError) as error:
+        raise PolicyError(f"it cannot be read: {error}", file=str(chosen)) from None
+    known = ("socket", "group", "policies_dir", "default_policy", *_ENGINE_KEYS)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in _LATER:
+            raise PolicyError(f"{key!r} comes in a later version; take it out", file=str(chosen), key=key)
+        if key not in known:
+            raise PolicyError(f"{key!r} is not a setting. They are {', '.join(known)}.", file=str(chosen), key=key)
+        if key not in _ENGINE_KEYS and not (isinstance(value, str) and value):
+            raise PolicyError(f"{key} must be a string, not {value!r}", file=str(chosen), key=key)
+        values[key] = value
+    memory = values.get("memory_bytes")
+    if isinstance(memory, str):
+        from sandboxd.limits import parse
+
+        values["memory_bytes"] = parse("memory_bytes", memory)
+    engine = EngineConfig.from_plain({key: values.pop(key) for key in _ENGINE_KEYS if key in values})
+    for key in ("socket", "policies_dir"):
+        if key in values:
+            values[key] = Path(values[key])
+    return DaemonConfig(**values, engine=engine)
+
+
+class Daemon:
+    """The engine, its listener and its clients."""
+
+    def __init__(self, config: DaemonConfig) -> None:
+        self._config = config
+        self._engine = Engine(config.engine)
+        self._loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[str] = self._loop.create_future()
+        self._clients: set[asyncio.Task[None]] = set()
+        self._per_uid: Counter[int] = Counter()
+        self._plain: dict[str, dict[str, Any]] = {}
+
+    async def serve(self) -> None:
+        """From start to SIGTERM or SIGINT. Raises SandboxError when it cannot start."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stop, signal.Signals(number).name)
+        with contextlib.ExitStack() as undo:
+            listener = undo.enter_context(listen(self._config.socket, self._config.group))
+            self._engine.start()
+            try:
+                # The default policy, proved sealed, before anybody is let in.
+                await self._check_network(await self._policy(None))
+                listener.listen(512)
+                listener.setblocking(False)
+                self._loop.add_reader(listener.fileno(), self._accept, listener)
+                log.info("ready on %s", self._config.socket)
+                log.info("stopped by %s", await self._over)
+            finally:
+                self._loop.remove_reader(listener.fileno())
+                await self._engine.close()
+                for task in list(self._clients):
+                    task.cancel()
+                if self._clients:
+                    await asyncio.wait(self._clients, timeout=2)
+
+    def _stop(self, name: str) -> None:
+        if not self._over.done():
+            self._over.set_result(name)
+
+    async def _check_network(self, prepared: Prepared) -> None:
+        """Ask the kernel by rtnetlink what the zygote's network namespace holds; in a process of its own, for pyroute2 is
+        large and no run needs it.
+        """
+        command = [sys.executable, "-m", "sandboxd.netns_check", f"/proc/{prepared.zygote.pid}/ns/net"]
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, stdin=asyncio.subprocess.DEVNULL)
+        said, complaint = await asyncio.wait_for(process.communicate(), 30)
+        if process.returncode != 0 or json.loads(said):
+            fix = "a new network namespace must hold nothing but lo, down; see sandboxd doctor"
+            what = (said or complaint).decode("utf-8", "replace").strip()[-500:]
+            raise Unavailable("self-test", None, fix, f"the cells' network namespace is not empty: {what}")
+
+    async def _policy(self, name: str | None) -> Prepared:
+        """An installed policy by its name, in force. Files are read when first asked for, and again by a restart."""
+        from sandboxd.policy import find, load
+
+        chosen = name or self._config.default_policy
+        if chosen not in self._plain:
+            directories = None if self._config.policies_dir is None else [self._config.policies_dir]
+            self._plain[chosen] = load(find(chosen, directories) if directories else find(chosen)).plain()
+        return await self._engine.prepared(chosen, self._plain[chosen])
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+                raise
+            log.warning("a client could not be let in: %s", error)
+            return
+        pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        if len(self._clients) >= self._config.engine.max_clients or self._per_uid[uid] >= CLIENTS_PER_UID:
+            log.warning("client uid %d pid %d: turned away, too many connections", uid, pid)
+            sock.close()
+            return
+        sees_all = uid in (0, os.geteuid())
+        connection = Connection(self._engine, sock, {"uid": uid, "pid": pid}, self._policy, sees_all)
+        task = self._loop.create_task(connection.serve())
+        self._clients.add(task)
+        self._per_uid[uid] += 1
+        task.add_done_callback(lambda done: self._left(done, uid))
+
+    def _left(self, task: asyncio.Task[None], uid: int) -> None:
+        self._clients.discard(task)
+        self._per_uid[uid] -= 1
+        if not self._per_uid[uid]:
+            del self._per_uid[uid]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a client's connection ended with an error", exc_info=task.exception())
+
+
+@contextlib.contextmanager
+def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
+    """A bound SOCK_SEQPACKET socket at *path*, 0660, in a directory that is made 0750 when it is missing.
+
+    A socket that a dead daemon left is replaced; a living one keeps its place (the lock beside it tells them apart).
+    """
+    gid = _gid(group)
+    if not path.parent.is_dir():
+        path.parent.mkdir(mode=0o750, parents=True)
+        os.chmod(path.parent, 0o750)
+        os.chown(path.parent, 0, gid)
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The name may have gone with a daemon that ended just now; a lock on a nameless file excludes nobody.
+            ours = os.fstat(lock).st_ino == os.stat(f"{path}.lock").st_ino
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            fix = "connect to it, or give this one another --socket"
+            raise Unavailable("socket", errno.EADDRINUSE, fix, f"a daemon serves {path} already")
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise Unavailable("socket", errno.EEXIST, "move it away", f"{path} is there and is no socket")
+            os.unlink(path)
+        before = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(before)
+        os.chown(path, -1, gid)
+        os.chmod(path, 0o660)
+        try:
+            yield sock
+        finally:
+            for name in (str(path), f"{path}.lock"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+    except OSError as error:
+        raise Unavailable("socket", error.errno, "choose another --socket, or run as root", f"{path}: {error}") from error
+    finally:
+        sock.close()
+        os.close(lock)
+
+
+def _gid(group: str | None) -> int:
+    """The group's id; -1, which changes nothing, when the default group was never made."""
+    if group is None:
+        return -1
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        if group == GROUP:
+            log.warning("there is no group %s: only root can connect; groupadd --system %s", group, group)
+            return -1
+        raise PolicyError(f"there is no group {group!r} on this host", key="group") from None
+
+
+def main(config_path: str | Path | None, socket_path: str | Path | None) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status. Logs go to stderr."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="sandboxd: %(levelname)s: %(message)s")
+    config = load_config(None if config_path is None else Path(config_path))
+    if socket_path is not None:
+        config = DaemonConfig(
+            socket=Path(socket_path),
+            group=config.group,
+            policies_dir=config.policies_dir,
+            default_policy=config.default_policy,
+            engine=config.engine,
+        )
+    os.umask(0o022)
+
+    async def serve() -> None:
+        await Daemon(config).serve()
+
+    try:
+        asyncio.run(serve())
+    except SandboxError as error:
+        log.error("%s", error)
+        return 125
+    return 0
