@@ -57,7 +57,7 @@ enter_cgroup(const struct cell_plan *plan)
 static int
 join_namespaces(const struct cell_plan *plan)
 {
-    long flags = SBX_CLONE_NEWNS;
+    unsigned long flags = SBX_CLONE_NEWNS;
 
     if (!is_down(WALL_NETWORK))
         flags |= SBX_CLONE_NEWNET;

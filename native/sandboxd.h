@@ -37,6 +37,7 @@ enum sbx_stage {
     SBX_STAGE_SECCOMP = 25,
     SBX_STAGE_REQUEST = 26,  /* a request that makes no sense */
     SBX_STAGE_THREADS = 27,  /* the zygote has more than one thread */
+    SBX_STAGE_FORGO = 28,    /* a session keyring of its own; no user namespaces below */
 };
 
 /* What a child that failed says on its report descriptor: one write, far below PIPE_BUF. */

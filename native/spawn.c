@@ -95,6 +95,29 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
     return (int)pid;
 }
 
+/* Two more things that the zygote's processes shall not have. An anonymous session keyring of their own: keyrings are
+ * not namespaced, and the caller's would be inherited (session-keyring(7); ENOSYS: a kernel without keys). And user
+ * namespaces below this one: the limit is this namespace's own (namespaces(7)), it is asked even where a filter is not,
+ * and a container's read-only /proc/sys is the one reason why it may stay as it is. */
+static int
+forgo(int allow_user_namespaces)
+{
+    long r = sbx_call(SBX_NR_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, 0);
+    int fd;
+
+    if ((r < 0 && r != -SBX_ENOSYS) || allow_user_namespaces)
+        return r == -SBX_ENOSYS ? 0 : (int)r;
+    fd = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/sys/user/max_user_namespaces",
+                       SBX_O_WRONLY | SBX_O_CLOEXEC, 0);
+    if (fd == -SBX_EROFS || fd == -SBX_EACCES || fd == -SBX_ENOENT)
+        return 0;
+    if (fd < 0)
+        return fd;
+    r = sbx_write_all(fd, "0", 1);
+    sbx_close(fd);
+    return (int)r;
+}
+
 /* The life of the zygote's first process up to exec, in its new namespaces. */
 static _Noreturn void
 zygote_child(const struct sbx_zygote_plan *plan)
@@ -119,6 +142,9 @@ zygote_child(const struct sbx_zygote_plan *plan)
         r = sbx_become(0, 0);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_MAPS, (int)-r, 0);
+    r = forgo(plan->allow_user_namespaces);
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_FORGO, (int)-r, 0);
     root = sbx_new_root();
     if (root < 0)
         child_fail(plan->report_fd, SBX_STAGE_ROOT, -root, 0);

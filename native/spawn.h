@@ -22,6 +22,7 @@ struct sbx_zygote_plan {
     int zygote_fd;  /* zygote's end of its channel */
     int owner_fd;   /* pidfd of the engine */
     int nursery_fd; /* the nursery's program */
+    int allow_user_namespaces; /* only for tests of the other walls */
 };
 
 int sbx_launch(const struct sbx_launch *plan, int *pidfd);

@@ -8,15 +8,15 @@ host's /etc, so nothing added there later shows up inside.
 
 from __future__ import annotations
 
-import contextlib
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from sandboxd.hosttree import MAX_LINKS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from sandboxd.hosttree import HostTree, Walk
+    from sandboxd.hosttree import HostTree
     from sandboxd.ids import SlotIds
 
 HOSTNAME = "sandbox"
@@ -56,24 +56,24 @@ TREES = {
     "ssl/certs": 1,
 }
 
-# What may come of a tree; None is everything in it.
+# What may come of a tree, by the end of its name; everything where nothing is said.
 SUFFIXES: dict[str, tuple[str, ...]] = {"ld.so.conf.d": (".conf",)}
+# What does not. Manual pages: most of the alternatives of a Debian, and of no use to a program.
+SKIPPED_SUFFIXES: dict[str, tuple[str, ...]] = {"alternatives": (".gz",)}
 
 # The smallest time zone file, RFC 9636: one local time type, UTC, in both blocks, then the TZ string.
 _UTC_BLOCK = b"".join(n.to_bytes(4, "big") for n in (0, 0, 0, 0, 1, 4)) + bytes(6) + b"UTC\0"
 UTC = b"TZif2" + bytes(15) + _UTC_BLOCK + b"TZif2" + bytes(15) + _UTC_BLOCK + b"\nUTC0\n"
 
 
-@dataclass(frozen=True, slots=True)
-class EtcFile:
+class EtcFile(NamedTuple):
     """A regular file, mode 0644. *path* is below /etc."""
 
     path: str
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class EtcLink:
+class EtcLink(NamedTuple):
     """A symlink. *path* is below /etc."""
 
     path: str
@@ -133,15 +133,16 @@ class _Copies:
         self._visible = visible
         self._left_bytes = MAX_TOTAL_BYTES
         self._files: dict[str, bytes] = {}
-        self._links: dict[str, Walk] = {}  # of trees
+        self._links: dict[str, str] = {}  # of trees: their texts
         self._shortcuts: dict[str, str] = {}  # of named files: where they end
+        self._resolved: dict[str, _Directory | None] = {}  # as spelled in the texts
 
     def collect(self) -> list[EtcFile | EtcLink]:
         for name in FILES:
             self._file(name)
         for tree, depth in TREES.items():
-            self._tree(tree, SUFFIXES.get(tree), depth)
-        kept = [EtcLink(path, _text(walk)) for path, walk in self._links.items() if self._leads_somewhere(walk)]
+            self._tree(tree, SUFFIXES.get(tree, ("",)), SKIPPED_SUFFIXES.get(tree, ()), depth)
+        kept = [EtcLink(path, text) for path, text in self._links.items() if self._leads_somewhere(path, text)]
         return [
             *(EtcFile(path, data) for path, data in self._files.items()),
             *(EtcLink(path, text) for path, text in self._shortcuts.items()),
@@ -159,19 +160,20 @@ class _Copies:
         elif real.startswith("/etc/"):
             self._copy(path, real)
 
-    def _tree(self, path: str, suffixes: tuple[str, ...] | None, depth: int) -> None:
-        for name, kind in self._host.entries(f"/etc/{path}", MAX_NAMES):
+    def _tree(self, path: str, suffixes: tuple[str, ...], skipped: tuple[str, ...], depth: int) -> None:
+        if self._host.resolve(f"/etc/{path}") != f"/etc/{path}":
+            return  # missing, or reached through a symlink that is not copied
+        for name, kind, text in self._host.entries(f"/etc/{path}", MAX_NAMES):
             below = f"{path}/{name}"
             if kind == stat.S_IFDIR:
                 if depth > 1:
-                    self._tree(below, suffixes, depth - 1)
-            elif suffixes is not None and not name.endswith(suffixes):
+                    self._tree(below, suffixes, skipped, depth - 1)
+            elif name.endswith(skipped) or not name.endswith(suffixes):
                 continue
             elif kind == stat.S_IFREG:
                 self._copy(below, f"/etc/{below}")
-            elif kind == stat.S_IFLNK:
-                with contextlib.suppress(OSError):  # a dangling link: left out
-                    self._links[below] = self._host.walk(f"/etc/{below}")
+            elif kind == stat.S_IFLNK and text:
+                self._links[below] = text
 
     def _copy(self, path: str, real: str) -> None:
         data = self._host.read(real, min(MAX_FILE_BYTES, self._left_bytes))
@@ -179,14 +181,67 @@ class _Copies:
             self._left_bytes -= len(data)
             self._files[path] = data
 
-    def _leads_somewhere(self, walk: Walk) -> bool:
-        """Whether the image has what the copied symlink ends at, and each link of /etc on the way."""
-        on_the_way = (where.removeprefix("/etc/") for where, _ in walk.links if where.startswith("/etc/"))
-        if not all(path in self._links for path in on_the_way):
+    def _leads_somewhere(self, path: str, text: str) -> bool:
+        """Whether the image has what the copied symlink *path* ends at, and each link of /etc on the way.
+
+        Most links share their directories with others and end one or two steps on: each directory is resolved once, and
+        only the last component is looked up.
+        """
+        for _ in range(MAX_LINKS):
+            above, slash, name = text.rpartition("/")
+            if slash:
+                spelled = above or "/" if text[0] == "/" else f"/etc/{path.rpartition('/')[0]}/{above}"
+            else:
+                spelled = f"/etc/{path.rpartition('/')[0]}"
+            directory = self._resolved[spelled] if spelled in self._resolved else self._directory(spelled)
+            if directory is None:
+                return False
+            end = f"{directory.prefix}{name}"
+            if name in ("", ".", ".."):
+                return self._walks_inside(f"{spelled}/{name}")
+            if not end.startswith("/etc/"):
+                kind = self._host.kind(end)
+                if kind == stat.S_IFLNK:
+                    return self._walks_inside(end)
+                return kind != 0 and (directory.visible or self._visible(end))
+            path = end[len("/etc/") :]
+            if path in self._files:
+                return True
+            if path not in self._links:
+                return False
+            text = self._links[path]
+        return False
+
+    def _directory(self, spelled: str) -> _Directory | None:
+        """The directory that the path *spelled* leads to; None when the image's own path would not."""
+        found = None
+        try:
+            walk = self._host.walk(f"{spelled.rstrip('/')}/.")
+        except OSError:
+            pass
+        else:
+            if self._has_all(walk.links):
+                found = _Directory(f"{walk.real.rstrip('/')}/", self._visible(walk.real))
+        self._resolved[spelled] = found
+        return found
+
+    def _walks_inside(self, path: str) -> bool:
+        """_leads_somewhere() for any path, by a whole walk."""
+        try:
+            walk = self._host.walk(path)
+        except OSError:
             return False
-        return self._visible(walk.real) or walk.real.removeprefix("/etc/") in self._files
+        return self._has_all(walk.links) and (
+            self._visible(walk.real) or walk.real.removeprefix("/etc/") in self._files
+        )
+
+    def _has_all(self, links: Sequence[tuple[str, str]]) -> bool:
+        """Whether those of *links*, as a Walk lists them, that lie in /etc are copied."""
+        return all(where.removeprefix("/etc/") in self._links for where, _ in links if where.startswith("/etc/"))
 
 
-def _text(walk: Walk) -> str:
-    """The text of the symlink that *walk* was for."""
-    return next((text for where, text in walk.links if where == walk.path), walk.real)
+class _Directory(NamedTuple):
+    """A directory of the host. *prefix* is its real path with a slash behind."""
+
+    prefix: str
+    visible: bool

@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from _typeshed import StrPath
 
 MAX_LINKS = 40
 """Symlinks followed in one walk: the kernel's own bound, path_resolution(7)."""
@@ -19,8 +21,7 @@ MAX_DEPTH = 256
 """Components of a path; the kernel bounds only its length."""
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
+class Walk(NamedTuple):
     """How a path resolves. *real* has no symlink in it; *links* are those met, as (where, text), in order; *passed* are
     the directories gone through, each by its real path, also those that a ".." left again."""
 
@@ -30,13 +31,22 @@ class Walk:
     passed: tuple[str, ...]
 
 
+class Entry(NamedTuple):
+    """*kind* is S_IFREG, S_IFDIR, S_IFLNK, or 0 for all others; *text* is a symlink's, empty when it cannot be read."""
+
+    name: str
+    kind: int
+    text: str
+
+
 class HostTree:
     """The file system below *root*, taken to stand still while it is read: a known directory is not looked up again."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
+    def __init__(self, root: StrPath = "/") -> None:
         self._root = os.fspath(root).rstrip("/")
         self._walks: dict[str, Walk] = {"/": Walk("/", "/", (), ())}  # of directories, by the path as spelled
         self._directories = {"/"}  # by their real path
+        self._searchable: dict[str, bool] = {}  # by everyone; directories, by their real path
 
     def source(self, path: str) -> str:
         """The path of *path* outside of the root: what system calls of this process take."""
@@ -90,9 +100,17 @@ class HostTree:
         except OSError:
             return None
 
-    def entries(self, path: str, limit: int) -> list[tuple[str, int]]:
-        """What is in the directory *path*: names, sorted, at most *limit*, with S_IFREG, S_IFDIR or S_IFLNK, and 0 for
-        all other kinds. Nothing when *path* cannot be read or is a symlink itself.
+    def kind(self, real: str) -> int:
+        """S_IFREG, S_IFDIR, S_IFLNK or another S_IF* of what is at *real*; 0 when nothing is."""
+        try:
+            return stat.S_IFMT(os.lstat(self._root + real).st_mode)
+        except OSError:
+            return 0
+
+    def entries(self, path: str, limit: int) -> list[Entry]:
+        """What is in the directory *path*, sorted by name, at most *limit*.
+
+        Nothing when *path* cannot be read or is a symlink itself.
         """
         try:
             fd = os.open(self.source(path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -100,7 +118,10 @@ class HostTree:
             return []
         try:
             with os.scandir(fd) as found:
-                return sorted((entry.name, _kind(entry)) for entry in found)[:limit]
+                kinds = sorted([(entry.name, _kind(entry)) for entry in found])[:limit]
+            return [Entry(name, kind, _text(name, fd) if kind == _LINK else "") for name, kind in kinds]
+        except OSError:
+            return []
         finally:
             os.close(fd)
 
@@ -112,12 +133,15 @@ class HostTree:
         here = below.rstrip("/")
         for name in ("", *parts):
             here = f"{here}/{name}" if name else here
-            mode = os.lstat(self.source(here or "/")).st_mode
-            if stat.S_ISDIR(mode):
-                if not mode & stat.S_IXOTH:
-                    return here or "/"
-            elif not mode & stat.S_IROTH:
-                return here
+            is_open = self._searchable.get(here)
+            if is_open is None:
+                mode = os.lstat(self.source(here or "/")).st_mode
+                if stat.S_ISDIR(mode):
+                    is_open = self._searchable[here] = bool(mode & stat.S_IXOTH)
+                else:
+                    is_open = bool(mode & stat.S_IROTH)
+            if not is_open:
+                return here or "/"
         return None
 
     def read(self, real: str, limit_bytes: int) -> bytes | None:
@@ -150,9 +174,19 @@ class HostTree:
         return None
 
 
+_LINK = stat.S_IFLNK
+
+
+def _text(name: str, directory_fd: int) -> str:
+    try:
+        return os.readlink(name, dir_fd=directory_fd)
+    except OSError:
+        return ""  # gone, or not ours to read: like a link that leads nowhere
+
+
 def _kind(entry: os.DirEntry[str]) -> int:
     if entry.is_symlink():
-        return stat.S_IFLNK
+        return _LINK
     if entry.is_dir(follow_symlinks=False):
         return stat.S_IFDIR
     return stat.S_IFREG if entry.is_file(follow_symlinks=False) else 0

@@ -22,12 +22,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import pwd
-import shutil
 import stat
 import struct
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import TYPE_CHECKING, Self
 
 from sandboxd.errors import Unavailable
@@ -35,6 +33,8 @@ from sandboxd.errors import Unavailable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
+
+    from _typeshed import StrPath
 
 ZYGOTE_ID = 0
 INIT_ID = 1
@@ -51,7 +51,7 @@ every slot (1000 + MAX_SLOTS ids)."""
 MIN_BLOCK = 2_048
 """A granted range smaller than EXPLICIT_BLOCK is used whole, down to this size: 1,048 slots."""
 
-LOCK_FILE = Path("/run/sandboxd-ids.lock")
+LOCK_FILE = "/run/sandboxd-ids.lock"
 
 OWNERS = ("sandboxd", "root")
 
@@ -216,12 +216,26 @@ def intersect(left: Iterable[IdRange], right: Sequence[IdRange]) -> list[IdRange
 
 def cut(source: IdRange, size: int) -> Iterator[IdRange]:
     """*source* in consecutive blocks of *size*; whole when it is smaller but has MIN_BLOCK; a remainder is dropped."""
-    if source.count < size:
-        if source.count >= MIN_BLOCK:
-            yield source
-        return
-    for base in range(source.base, source.end - size + 1, size):
-        yield IdRange(base, size)
+    return cut_all([source], size, 0)
+
+
+def cut_all(sources: Iterable[IdRange], size: int, start: int) -> Iterator[IdRange]:
+    """What cut() makes of each of *sources*, from block number *start*, modulo how many there are, round to its start.
+
+    Made one by one: a range may hold thousands of blocks, and the first is free as a rule.
+    """
+    cuts = [
+        (range(source.base, source.end - width + 1, width), width)
+        for source in sources
+        if (width := min(size, source.count)) >= MIN_BLOCK
+    ]
+    start %= sum(len(bases) for bases, _ in cuts) or 1
+    later, earlier = [], []
+    for bases, width in cuts:
+        later.append((bases[start:], width))
+        earlier.append((bases[:start], width))
+        start = max(0, start - len(bases))
+    return (IdRange(base, width) for bases, width in (*later, *earlier) for base in bases)
 
 
 def usable(blocks: Iterable[IdRange], mapped: Sequence[IdRange], taken: Sequence[IdRange]) -> Iterator[IdRange]:
@@ -244,26 +258,30 @@ def _is_number(text: str) -> bool:
 # The host
 
 
-def subordinate_ranges(user: str | None = None, etc: Path = Path("/etc")) -> tuple[list[IdRange], list[IdRange]]:
+def subordinate_ranges(user: str | None = None, etc: StrPath = "/etc") -> tuple[list[IdRange], list[IdRange]]:
     """The subordinate uids and gids granted to *user* (default: the caller's), by name or by number.
 
     What newuidmap(1) would let that user map; empty lists when nothing is granted.
     """
+    import pwd
+
     names = {user} if user is not None else {str(os.getuid())}
     try:
         entry = pwd.getpwnam(user) if user is not None else pwd.getpwuid(os.getuid())
         names |= {entry.pw_name, str(entry.pw_uid)}
     except KeyError:
         pass
-    return (_granted(etc / "subuid", names), _granted(etc / "subgid", names))
+    return (_granted(_read(etc, "subuid"), names), _granted(_read(etc, "subgid"), names))
 
 
 def mapping_helpers() -> tuple[str | None, str | None]:
     """Where newuidmap and newgidmap are, None for one that is not installed: what a rootless engine needs."""
+    import shutil
+
     return shutil.which("newuidmap"), shutil.which("newgidmap")
 
 
-def claim(config: str | None = None, *, etc: Path = Path("/etc"), lock_file: Path = LOCK_FILE) -> IdBlock:
+def claim(config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPath = LOCK_FILE) -> IdBlock:
     """Claim a block of host ids that no other engine of this host holds.
 
     The claim is an open-file-description write lock on the block's own byte range of *lock_file*, one byte per id:
@@ -284,7 +302,8 @@ def claim(config: str | None = None, *, etc: Path = Path("/etc"), lock_file: Pat
             fix="run as root",
         )
     blocks, origin = _candidates(config, etc)
-    if not blocks:
+    first = next(blocks, None)
+    if first is None:
         raise Unavailable(
             stage="ids",
             errno=errno.ERANGE,
@@ -292,11 +311,9 @@ def claim(config: str | None = None, *, etc: Path = Path("/etc"), lock_file: Pat
             fix="put a range that /proc/self/uid_map and gid_map cover and nobody uses, 65,536 ids or 8,192 at least, "
             "into /etc/subuid and /etc/subgid as 'root:BASE:COUNT', or into the daemon's configuration as 'ids'",
         )
-    fd = _open_lock(lock_file)
-    # Not always the first: processes of an engine that was just killed may need a moment to go.
-    first = os.getpid() % len(blocks)
+    fd = _open_lock(os.fspath(lock_file))
     try:
-        for block in (*blocks[first:], *blocks[:first]):
+        for block in chain((first,), blocks):
             if origin == FALLBACK_ORIGIN and _known_to_nss(block.base):
                 continue
             if _try_lock(fd, block):
@@ -318,10 +335,10 @@ def claim(config: str | None = None, *, etc: Path = Path("/etc"), lock_file: Pat
 FALLBACK_ORIGIN = f"the range {FALLBACK.base}..{FALLBACK.end - 1}"
 
 
-def _candidates(config: str | None, etc: Path) -> tuple[list[IdRange], str]:
+def _candidates(config: str | None, etc: StrPath) -> tuple[Iterator[IdRange], str]:
     """The blocks to try, in order, and the words for where they come from."""
     mapped = intersect(_id_map("uid"), _id_map("gid"))
-    logins = [*login_ids(_read(etc / "passwd")), *login_ids(_read(etc / "group"))]
+    taken = [*login_ids(_read(etc, "passwd")), *login_ids(_read(etc, "group"))]
     if config is not None:
         try:
             configured = parse_config(config)
@@ -329,36 +346,49 @@ def _candidates(config: str | None, etc: Path) -> tuple[list[IdRange], str]:
             raise Unavailable(
                 stage="ids", errno=errno.EINVAL, message=str(error), fix="correct 'ids' in the configuration"
             ) from None
-        return list(usable(cut(configured, EXPLICIT_BLOCK), mapped, logins)), f"the configured range {config}"
+        return _offers([configured], EXPLICIT_BLOCK, mapped, taken), f"the configured range {config}"
     granted: list[IdRange] = []
     for owner in OWNERS:
         uids, gids = subordinate_ranges(owner, etc)
         granted += intersect(uids, gids)
     if granted:
-        blocks = (block for area in granted for block in cut(area, EXPLICIT_BLOCK))
-        return list(usable(blocks, mapped, logins)), "what /etc/subuid and /etc/subgid grant to sandboxd and root"
-    others = [area for name in ("subuid", "subgid") for _, area in parse_subordinate(_read(etc / name))]
-    return list(usable(cut(FALLBACK, FALLBACK_BLOCK), mapped, [*logins, *others])), FALLBACK_ORIGIN
+        origin = "what /etc/subuid and /etc/subgid grant to sandboxd and root"
+        return _offers(granted, EXPLICIT_BLOCK, mapped, taken), origin
+    taken += [area for name in ("subuid", "subgid") for _, area in parse_subordinate(_read(etc, name))]
+    return _offers([FALLBACK], FALLBACK_BLOCK, mapped, taken), FALLBACK_ORIGIN
 
 
-def _granted(path: Path, names: set[str]) -> list[IdRange]:
-    return [area for owner, area in parse_subordinate(_read(path)) if owner in names]
+def _offers(
+    areas: Sequence[IdRange], size: int, mapped: Sequence[IdRange], taken: Iterable[IdRange]
+) -> Iterator[IdRange]:
+    """The usable blocks of *areas*. Not from the first: processes of an engine that was just killed may need a moment
+    to go.
+    """
+    near = [other for other in taken if any(other.overlaps(area) for area in areas)]
+    return usable(cut_all(areas, size, os.getpid()), mapped, near)
+
+
+def _granted(text: str, names: set[str]) -> list[IdRange]:
+    return [area for owner, area in parse_subordinate(text) if owner in names]
 
 
 def _id_map(kind: str) -> list[IdRange]:
-    return parse_id_map(Path(f"/proc/self/{kind}_map").read_text(encoding="ascii"))
+    return parse_id_map(_read("/proc/self", f"{kind}_map"))
 
 
-def _read(path: Path) -> str:
-    """The text of *path*; empty when there is no such file (each of them is optional)."""
+def _read(directory: StrPath, name: str) -> str:
+    """The text of a file; empty when there is no such one (each of them is optional)."""
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape")
+        with open(os.path.join(directory, name), encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
     except FileNotFoundError:
         return ""
 
 
 def _known_to_nss(identifier: int) -> bool:
     """Whether a directory service has a user with this id; UIDS-GIDS asks container managers to look at the first."""
+    import pwd
+
     try:
         pwd.getpwuid(identifier)
     except KeyError:
@@ -366,7 +396,7 @@ def _known_to_nss(identifier: int) -> bool:
     return True
 
 
-def _open_lock(path: Path) -> int:
+def _open_lock(path: str) -> int:
     """Open, or make, the lock file: empty, regular, and root's alone, for who cannot open it cannot lock it."""
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, 0o600)
@@ -375,7 +405,7 @@ def _open_lock(path: Path) -> int:
             stage="ids",
             errno=error.errno or errno.EIO,
             message=f"the lock file {path} cannot be opened",
-            fix=f"remove what is there; {path.parent} must be a writable directory",
+            fix=f"remove what is there; {os.path.dirname(path)} must be a writable directory",
         ) from error
     info = os.fstat(fd)
     if not stat.S_ISREG(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o077 or info.st_nlink != 1:

@@ -7,20 +7,14 @@ launcher, such as a pyenv shim: what the interpreter says of itself counts, neve
 from __future__ import annotations
 
 import errno
-import json
 import os
-import select
-import signal
-import subprocess
 import sys
-import sysconfig
-import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Mapping
 
 OLDEST = (3, 11)
@@ -30,7 +24,7 @@ PROBE_OUTPUT_BYTES = 65_536
 # Runs in the other interpreter. -I keeps the environment, the working directory and the user's site-packages out; site
 # itself must run, since it is what finds a virtual environment.
 _PROBE = """\
-import json, sys, sysconfig
+import json, os, sys
 print(json.dumps({
     "executable": sys.executable,
     "prefix": sys.prefix,
@@ -39,15 +33,14 @@ print(json.dumps({
     "base_exec_prefix": sys.base_exec_prefix,
     "version": list(sys.version_info[:3]),
     "implementation": sys.implementation.name,
-    "stdlib": sysconfig.get_path("stdlib"),
-    "platform": sysconfig.get_platform(),
-    "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "stdlib": os.path.dirname(os.__file__),
+    "platform": sys.platform + "-" + os.uname().machine + ("" if sys.maxsize > 1 << 32 else "-32bit"),
+    "free_threaded": "t" in sys.abiflags,
 }))
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Interpreter:
+class Interpreter(NamedTuple):
     """A CPython >= 3.11 for x86-64 Linux. Paths are absolute and as the interpreter spells them, links unresolved."""
 
     executable: str
@@ -79,9 +72,9 @@ class Interpreter:
                 "base_exec_prefix": sys.base_exec_prefix,
                 "version": list(sys.version_info[:3]),
                 "implementation": sys.implementation.name,
-                "stdlib": sysconfig.get_path("stdlib"),
-                "platform": sysconfig.get_platform(),
-                "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+                "stdlib": os.path.dirname(os.__file__),
+                "platform": sys.platform + "-" + os.uname().machine + ("" if sys.maxsize > 1 << 32 else "-32bit"),
+                "free_threaded": "t" in sys.abiflags,
             },
             "the running interpreter",
         )
@@ -96,6 +89,8 @@ class Interpreter:
         """
         if not os.path.isabs(path):
             raise _unavailable(errno.EINVAL, f"[runtime] interpreter must be an absolute path, not {path!r}")
+        import json  # here and below: what only a named interpreter needs, an engine's start should not wait for
+
         answer = _ask(path, timeout_seconds)
         try:
             facts = json.loads(answer)
@@ -145,6 +140,9 @@ _PATHS = ("executable", "prefix", "base_prefix", "exec_prefix", "base_exec_prefi
 
 def _ask(path: str, timeout_seconds: float) -> bytes:
     """What *path* prints for the probe. Its process group is killed when it is late or too talkative."""
+    import subprocess
+    import time
+
     deadline = time.monotonic() + timeout_seconds
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
@@ -183,6 +181,9 @@ def _ask(path: str, timeout_seconds: float) -> bytes:
 
 def _read_until(fd: int, deadline: float) -> bytes:
     """All of *fd*. Raises OverflowError past PROBE_OUTPUT_BYTES, TimeoutError when no end comes before *deadline*."""
+    import select
+    import time
+
     poller = select.poll()
     poller.register(fd, select.POLLIN)
     answer = b""
@@ -200,6 +201,8 @@ def _read_until(fd: int, deadline: float) -> bytes:
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL for what the probe started. The group's id stays reserved while its leader is not reaped."""
+    import signal
+
     if process.returncode is None:
         os.killpg(process.pid, signal.SIGKILL)
 

@@ -24,12 +24,10 @@ from __future__ import annotations
 import enum
 import errno
 import os
-import re
 import stat
 import struct
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from sandboxd import etc
 from sandboxd.errors import PolicyError, Unavailable
@@ -37,6 +35,8 @@ from sandboxd.hosttree import HostTree, Walk
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from _typeshed import StrPath
 
     from sandboxd.ids import SlotIds
     from sandboxd.interpreter import Interpreter
@@ -63,8 +63,16 @@ NOEXEC = 8
 _NOT_PLAIN = frozenset(("", ".", ".."))
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class _OpFields(NamedTuple):
+    kind: Kind
+    target: str
+    source: str
+    data: bytes
+    mode: int
+    flags: int
+
+
+class Op(_OpFields):
     """One operation below the new root.
 
     *target* is relative to the new root, without empty, "." or ".." components. *source* is the absolute host path of
@@ -72,18 +80,16 @@ class Op:
     recursively and sets them on the whole clone. A BIND's target is there already: a directory, or a file for a file.
     """
 
-    kind: Kind
-    target: str
-    source: str = ""
-    data: bytes = b""
-    mode: int = 0
-    flags: int = 0
+    __slots__ = ()
 
-    def __post_init__(self) -> None:
-        if not _NOT_PLAIN.isdisjoint(self.target.split("/")):
-            raise ValueError(f"target must be a plain relative path, not {self.target!r}")
-        if "\0" in self.target or "\0" in self.source:
+    def __new__(
+        cls, kind: Kind, target: str, source: str = "", data: bytes = b"", mode: int = 0, flags: int = 0
+    ) -> Self:
+        if not _NOT_PLAIN.isdisjoint(target.split("/")):
+            raise ValueError(f"target must be a plain relative path, not {target!r}")
+        if "\0" in target or "\0" in source:
             raise ValueError("target and source must not hold a NUL")
+        return super().__new__(cls, kind, target, source, data, mode, flags)
 
 
 TREE_FLAGS = RDONLY | NOSUID | NODEV
@@ -131,7 +137,7 @@ def plan_host(
     extra: Sequence[tuple[str, str]] = (),
     *,
     slots: SlotIds,
-    host: Path = Path("/"),
+    host: StrPath = "/",
 ) -> list[Op]:
     """The operations that build image "host" for *python*, parents before children.
 
@@ -148,8 +154,9 @@ def plan_host(
     prefixes = [_walk(tree, path, python) for path in python.trees]
     executable = _walk(tree, python.executable, python)
     homes = _homes(tree)
+    never_whole = sorted({*_NEVER_WHOLE, *homes})
     for walk in prefixes:
-        _refuse_dangerous(walk, homes)
+        _refuse_dangerous(walk, never_whole)
     try:
         plan.bind_trees([*system, *prefixes])
         plan.links([*system, *prefixes, executable])
@@ -230,6 +237,7 @@ def landlock_rules() -> list[tuple[str, LandlockFs]]:
 
 _COUNT = struct.Struct("<II")
 _HEADER = struct.Struct("<6I")
+_ZEROS = bytes(8)
 
 
 def encode(operations: Sequence[Op]) -> bytes:
@@ -239,13 +247,14 @@ def encode(operations: Sequence[Op]) -> bytes:
     data_len; right behind it the target and the source, each with a NUL that its length counts, then the data, then
     zeros up to the next multiple of 8 from the buffer's start. Lengths are in bytes; an empty source has length 1.
     """
-    buffer = bytearray(_COUNT.pack(len(operations), 0))
-    for op in operations:
-        target, source = os.fsencode(op.target) + b"\0", os.fsencode(op.source) + b"\0"
-        buffer += _HEADER.pack(op.kind, op.flags, op.mode, len(target), len(source), len(op.data))
-        buffer += target + source + op.data
-        buffer += bytes(-len(buffer) % 8)
-    return bytes(buffer)
+    encoding, errors = sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()  # os.fsencode(), in bulk
+    parts = [_COUNT.pack(len(operations), 0)]
+    for kind, target, source, data, mode, flags in operations:
+        where, what = target.encode(encoding, errors), source.encode(encoding, errors)
+        length = len(where) + len(what) + len(data) + 2
+        header = _HEADER.pack(kind, flags, mode, len(where) + 1, len(what) + 1, len(data))
+        parts += (header, where, b"\0", what, b"\0", data, _ZEROS[: -length % 8])  # the header's length is 24
+    return b"".join(parts)
 
 
 class _Conflict(Exception):
@@ -322,11 +331,14 @@ class _Plan:
             if there != op:
                 raise _Conflict(f"/{op.target} would have to be two things")
             return
-        if self.visible(f"/{op.target}"):
-            raise _Conflict(f"/{op.target} lies in a directory that is bound read-only")
         parent = op.target.rpartition("/")[0]
-        if parent:
-            self._node(Op(Kind.DIR, parent, mode=0o755))
+        above = self._nodes.get(parent)
+        # Below a node that is no mount nothing is bound yet: bind_trees() makes a node for each tree.
+        if above is None or above.kind is not Kind.DIR or f"/{parent}" in self._bound:
+            if self.visible(f"/{op.target}"):
+                raise _Conflict(f"/{op.target} lies in a directory that is bound read-only")
+            if parent:
+                self._node(Op(Kind.DIR, parent, mode=0o755))
         self._nodes[op.target] = op
 
 
@@ -370,10 +382,10 @@ def _homes(tree: HostTree) -> set[str]:
     return {path for path in found if path.split("/")[1] not in _SYSTEM}
 
 
-def _refuse_dangerous(walk: Walk, homes: set[str]) -> None:
-    """Raise Unavailable when binding *walk* would bring more inside than an environment."""
+def _refuse_dangerous(walk: Walk, never_whole: Sequence[str]) -> None:
+    """Raise Unavailable when binding *walk* would bring more inside than an environment, as *never_whole* would."""
     for path in dict.fromkeys((os.path.normpath(walk.path), walk.real)):
-        whole = next((place for place in sorted({*_NEVER_WHOLE, *homes}) if _is_within(place, path)), None)
+        whole = next((place for place in never_whole if _is_within(place, path)), None)
         if whole is not None:
             raise _dangerous(
                 walk, "is one" if whole == path else f"holds {whole},", "that must not be seen in a sandbox"
@@ -440,9 +452,15 @@ def _add_cpu_files(plan: _Plan, tree: HostTree) -> None:
     """Two files in the place of /sys, which is never mounted: node and some BLAS count processors there."""
     for name in ("online", "possible"):
         text = (tree.read(f"/sys/devices/system/cpu/{name}", 4096) or b"").strip()
-        if re.fullmatch(rb"\d+(-\d+)?(,\d+(-\d+)?)*", text) is None:
+        if not _is_cpu_list(text):
             text = b"0"
         plan.file(f"sys/devices/system/cpu/{name}", text + b"\n")
+
+
+def _is_cpu_list(text: bytes) -> bool:
+    """Whether *text* is like 0-3,8: "List format" of cpuset(7), without a stride."""
+    areas = [area.split(b"-") for area in text.split(b",")]
+    return all(len(ends) <= 2 and all(end.isdigit() for end in ends) for ends in areas)
 
 
 def _add_extra(plan: _Plan, source: str, target: str) -> None:

@@ -86,7 +86,8 @@ def compile(profile: Profile, *, marker_errno: int | None = None) -> bytes:
     With *marker_errno* every refusal answers that errno instead of its own, so that a sweep over all numbers can tell
     the filter's answer from the kernel's; kills stay kills. Costs tens of milliseconds: pyseccomp, imported only here,
     starts ldconfig. Raises PolicyError when the profile needs more instructions than the kernel takes, Unavailable
-    when libseccomp is missing or makes something else than what was asked.
+    when libseccomp is missing or makes something else than what was asked, ValueError for a marker that no call can
+    answer.
     """
     shown = profile if marker_errno is None else _marked(profile, marker_errno)
     sections: dict[_Rows, int] = {}

@@ -24,7 +24,7 @@ from typing import Any, Final, cast
 
 from sandboxd.errors import PolicyError
 from sandboxd.seccomp_profile import unknown_call
-from sandboxd.seccomp_rules import ALLOW, KILL, LOG, WORD, Action, Operator, Profile, Rule, Test, refuse
+from sandboxd.seccomp_rules import ALLOW, ERRNO_MAX, KILL, LOG, WORD, Action, Operator, Profile, Rule, Test, refuse
 from sandboxd.syscalls import NUMBERS
 
 __all__ = ["parse"]
@@ -56,7 +56,6 @@ _FLAGS: Final = (
     "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV",
 )
 _REGISTER: Final = WORD << 32 | WORD
-_ERRNO_MAX: Final = 4095  # MAX_ERRNO: the kernel answers no higher one
 _RULES_MAX: Final = 500  # of one call; the kernel would take no program for many more
 
 
@@ -215,8 +214,8 @@ class _Reader:
         if word == "SCMP_ACT_ERRNO":
             if errno is None:
                 return refuse(1)  # EPERM, as runc
-            if not isinstance(errno, int) or isinstance(errno, bool) or not 1 <= errno <= _ERRNO_MAX:
-                raise self.wrong(f"{under}{errno_name}", f"it must be an errno from 1 to {_ERRNO_MAX}")
+            if not isinstance(errno, int) or isinstance(errno, bool) or not 1 <= errno <= ERRNO_MAX:
+                raise self.wrong(f"{under}{errno_name}", f"it must be an errno from 1 to {ERRNO_MAX}")
             return refuse(errno)
         if not isinstance(word, str) or word not in _ACTIONS:
             known = ", ".join(("SCMP_ACT_ERRNO", *_ACTIONS))
@@ -235,7 +234,8 @@ class _Reader:
             return []
         if not isinstance(value, list):
             raise self.wrong(key, "it must be a list")
-        return cast("list[Any]", value)
+        items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return items
 
     def only(self, table: dict[str, Any], under: str, allowed: set[str]) -> None:
         for name in table:

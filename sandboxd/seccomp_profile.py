@@ -161,7 +161,8 @@ class _Reader:
     def array(self, value: object, key: str) -> list[Any]:
         if not isinstance(value, list):
             raise self.wrong(key, "it must be a list")
-        return cast("list[Any]", value)
+        items: list[Any] = value  # pyright: ignore[reportUnknownVariableType]
+        return items
 
     def only(self, table: Mapping[str, Any], under: str, allowed: set[str]) -> None:
         for name in table:

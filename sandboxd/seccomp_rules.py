@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALLOW",
+    "ERRNO_MAX",
     "KILL",
     "LOG",
     "NO_CALL",
@@ -40,6 +41,9 @@ Arguments = tuple[int, int, int, int, int, int]
 WORD: Final = 0xFFFF_FFFF
 """The low half of a register: all that the kernel looks at when the argument is an int."""
 
+ERRNO_MAX: Final = 4094
+"""The highest errno that libseccomp lets a rule answer: one less than the kernel's MAX_ERRNO."""
+
 NO_CALL: Final = 0xFFFF_FFFF
 """Number -1: what a tracer writes to skip a call. No x32 call, so it gets the default action."""
 
@@ -49,10 +53,15 @@ _ONES: Final[Arguments] = (_REGISTER, _REGISTER, _REGISTER, _REGISTER, _REGISTER
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """What happens to a call. *errno* is what it answers, 0 for all kinds but "errno"."""
+    """What happens to a call. *errno* is what it answers, from 1 to ERRNO_MAX, and 0 for all kinds but "errno"."""
 
     kind: Literal["allow", "log", "errno", "kill"]
     errno: int = 0
+
+    def __post_init__(self) -> None:
+        least, most = (1, ERRNO_MAX) if self.kind == "errno" else (0, 0)
+        if not least <= self.errno <= most:
+            raise ValueError(f"a call cannot answer errno {self.errno}; from {least} to {most} it can")
 
     def __str__(self) -> str:
         return errno_module.errorcode.get(self.errno, f"errno {self.errno}") if self.kind == "errno" else self.kind

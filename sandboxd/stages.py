@@ -42,6 +42,7 @@ class Stage(enum.IntEnum):
     SECCOMP = 25
     REQUEST = 26
     THREADS = 27
+    FORGO = 28
 
 
 _WORDS: Final[dict[Stage, tuple[str, str]]] = {
@@ -83,6 +84,10 @@ _WORDS: Final[dict[Stage, tuple[str, str]]] = {
     Stage.LANDLOCK: ("restricting paths (Landlock)", "boot with lsm=landlock,... and a kernel with CONFIG_SECURITY_LANDLOCK"),
     Stage.SECCOMP: ("loading the seccomp filter", "the kernel needs CONFIG_SECCOMP_FILTER"),
     Stage.REQUEST: ("reading the engine's request", "engine and helpers are of different builds: reinstall sandboxd"),
+    Stage.FORGO: (
+        "giving up the session keyring and further user namespaces",
+        "raise kernel.keys.maxkeys for the engine's uid; /proc/sys/user must be writable in a user namespace or read-only",
+    ),
     Stage.THREADS: (
         "forking the zygote",
         "a preloaded library keeps a thread running; take it out of [runtime] preload and warmup",

@@ -91,7 +91,7 @@ class ZygoteLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ZygoteConfig:
-    """What a zygote is made from. *walls_down* and *writable_root* exist for tests of single walls."""
+    """What a zygote is made from. *walls_down* and *allow_user_namespaces* exist for tests of single walls."""
 
     python: Interpreter
     preload: Sequence[str]
@@ -100,7 +100,7 @@ class ZygoteConfig:
     landlock_abi: int
     """The lowest ABI that will do; 0 goes without."""
     walls_down: frozenset[int] = frozenset()
-    writable_root: bool = False
+    allow_user_namespaces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -504,6 +504,7 @@ def _spawn(
                     "zygote_fd": zygote_end.fileno(),
                     "owner_fd": owner,
                     "nursery_fd": program,
+                    "allow_user_namespaces": config.allow_user_namespaces,
                 },
             )
             number = ffi.new("int *", -1)

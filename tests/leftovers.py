@@ -9,10 +9,13 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 _CGROUP = re.compile(r"sandboxd\.(\d+)\.(\d+)(?:\.\d+)?")
 _NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
@@ -82,7 +85,9 @@ def fds(pid: int | str = "self") -> dict[int, str]:
                 found[int(name)] = os.readlink(f"{directory}/{name}")
     if pid in ("self", os.getpid()):
         # The listing's own descriptor was closed before its link was read.
-        return {fd: link for fd, link in found.items() if os.path.basename(link) != "fd" or not link.startswith("/proc")}
+        return {
+            fd: link for fd, link in found.items() if os.path.basename(link) != "fd" or not link.startswith("/proc")
+        }
     return found
 
 

@@ -199,8 +199,8 @@ ARG = {"index": 0, "value": 1, "op": "SCMP_CMP_EQ"}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"defaultAction": "SCMP_ACT_TRAP"}, "defaultAction: 'SCMP_ACT_TRAP' is not supported"),
     ({"defaultAction": None}, "defaultAction: None is not supported"),
-    ({"defaultErrnoRet": 0}, "defaultErrnoRet: it must be an errno from 1 to 4095"),
-    ({"defaultErrnoRet": 4096}, "defaultErrnoRet: it must be an errno from 1 to 4095"),
+    ({"defaultErrnoRet": 0}, "defaultErrnoRet: it must be an errno from 1 to 4094"),
+    ({"defaultErrnoRet": 4095}, "defaultErrnoRet: it must be an errno from 1 to 4094"),
     ({"architectures": ["SCMP_ARCH_AARCH64"]}, "architectures: SCMP_ARCH_X86_64 is not among them"),
     ({"archMap": [{"architecture": "SCMP_ARCH_ARM"}]}, "archMap: SCMP_ARCH_X86_64 is not among them"),
     ({"flags": ["SECCOMP_FILTER_FLAG_NEW"]}, "flags[0]: 'SECCOMP_FILTER_FLAG_NEW' is not known"),

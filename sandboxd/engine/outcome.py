@@ -102,12 +102,15 @@ def judge(seen: Evidence) -> Outcome:
     """The outcome. A limit that fired outranks what the program said; when two tie, it is *timeout*."""
     exit_code, killed_by = _ended(seen)
     finished = seen.finished
+    own_oom = _own_oom(seen)
+    wall = seen.limits.get("wall_seconds")
+    tied = (own_oom or seen.cause in ("cpu", "output")) and wall is not None and seen.run_seconds >= wall
     status: str
     if seen.cause == "cancelled":
         status = "cancelled"
-    elif seen.cause == "timeout":
+    elif seen.cause == "timeout" or tied:
         status = "timeout"
-    elif _own_oom(seen):
+    elif own_oom:
         status = "memory"
     elif seen.cause in ("cpu", "output"):
         status = seen.cause
@@ -115,8 +118,8 @@ def judge(seen: Evidence) -> Outcome:
         status = "internal"
     elif killed_by == signal.SIGSYS:
         status = "denied"
-    elif killed_by == signal.SIGXCPU:
-        status = "cpu"
+    elif killed_by == signal.SIGXCPU and _cpu_is_spent(seen):
+        status = "cpu"  # the belt of one process; a program may also send the signal to itself
     elif killed_by is not None:
         status = "killed"
     elif seen.counters is not None and seen.counters.oom_kills:
@@ -151,6 +154,11 @@ def _own_oom(seen: Evidence) -> bool:
     return counters is not None and counters.oom_kills > 0 and counters.memory_limit_hits > 0
 
 
+def _cpu_is_spent(seen: Evidence) -> bool:
+    limit = seen.limits.get("cpu_seconds")
+    return limit is not None and seen.counters is not None and seen.counters.cpu_usec >= limit * 1e6
+
+
 def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
     hits: list[dict[str, Any]] = []
 
@@ -159,12 +167,12 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
             shown = seen.limits.get(limit) if value is None else value
             hits.append({"limit": limit, "value": shown, "evidence": {"source": source, "detail": detail}})
 
-    if seen.cause == "timeout":
+    if status == "timeout":
         hit("wall_seconds", "clock", f"{seen.run_seconds:.3f} s since the program's start")
     counters = seen.counters
     if counters is not None:
         used = f"{counters.cpu_usec / 1e6:.3f} s of CPU time, children included"
-        if status == "cpu":
+        if status == "cpu" or seen.cause == "cpu":
             hit("cpu_seconds", "cgroup" if seen.cause == "cpu" else "wait", used)
         if counters.oom_kills and counters.memory_limit_hits:
             hit(
@@ -172,6 +180,13 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
                 "cgroup",
                 f"{counters.oom_kills} killed for want of memory; the limit was met {counters.memory_limit_hits} times; "
                 f"peak {counters.memory_peak_bytes} bytes",
+            )
+        elif counters.oom_kills:
+            hit(
+                "memory_bytes",
+                "cgroup",
+                f"{counters.oom_kills} killed when memory ran out for the whole engine or host; this run's own limit was "
+                "not met",
             )
         if counters.pids_limit_hits:
             hit("pids", "cgroup", f"{counters.pids_limit_hits} times no new process or thread")
@@ -191,8 +206,10 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
         hit("open_files", "program", "uncaught EMFILE")
     elif number == errno.EFBIG:
         hit("file_bytes", "program", "uncaught EFBIG")
-    elif number == errno.ENOSPC:
+    elif number == errno.ENOSPC and not any(one["limit"].startswith("workspace_") for one in hits):
         hit("workspace_bytes", "program", "uncaught ENOSPC: /workspace, /tmp or /dev/shm was full")
+    if seen.finished is None and seen.wait is not None and _ended(seen)[1] == signal.SIGXFSZ:
+        hit("file_bytes", "wait", "ended by SIGXFSZ")
     if status == "denied":
         hit("syscall", "seccomp", "killed by the filter (SIGSYS): a foreign ABI's system call", "unknown")
     return hits

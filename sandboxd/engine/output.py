@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 __all__ = ["Collector"]
+
+_CHUNK: Final = 1 << 16
 
 
 class Collector:
@@ -17,7 +20,7 @@ class Collector:
         self._whole = keep_bytes
         self._half = keep_bytes // 2
         self._head = bytearray()
-        self._tail: deque[bytes] = deque()
+        self._tail: deque[bytearray] = deque()
         self._tail_bytes = 0
 
     def add(self, data: bytes) -> None:
@@ -29,7 +32,10 @@ class Collector:
             data = data[room:]
         if not data:
             return
-        self._tail.append(data)
+        if self._tail and len(self._tail[-1]) < _CHUNK:  # a program that writes byte by byte must not cost an object each
+            self._tail[-1] += data
+        else:
+            self._tail.append(bytearray(data))
         self._tail_bytes += len(data)
         most = self._whole - self._half
         while self._tail_bytes - len(self._tail[0]) >= most:

@@ -36,6 +36,7 @@ WALLS: Final[dict[str, frozenset[int]]] = {
     "landlock": frozenset({Stage.LANDLOCK}),
     "seccomp": frozenset({Stage.SECCOMP}),
     "read-only": frozenset(),
+    "userns-limit": frozenset(),
 }
 """Walls that a test may leave out by name, and what of a cell's steps raises each (native/cell.c; the numbers from 48 on
 are parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no program
@@ -123,6 +124,7 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
             warmup=runtime["warmup"],
             filter_program=filter_program,
             landlock_abi=wanted["landlock_abi"],
+            allow_user_namespaces="userns-limit" in down,
             walls_down=frozenset(stage for name in down for stage in WALLS[name]),
         ),
         engine.ids,

@@ -62,6 +62,7 @@ HELLO: Final = struct.Struct("=4sIiI")
 HELLO_SECONDS: Final = 10.0
 DEATH_SECONDS: Final = 10.0
 FRAME_BYTES: Final = 1 << 18
+MESSAGE_HEAD_BYTES: Final = 8
 READ_BYTES: Final = 1 << 16
 READS: Final = 16
 CPU_BELT_SECONDS: Final = 5
@@ -107,6 +108,7 @@ class CellRun:
         self._outputs = (Collector(keep), Collector(keep))
         self._known: workspace.Known = {}
         self._stdin: memoryview | None = None
+        self._message: memoryview | None = None
 
     # From the outside
 
@@ -299,10 +301,28 @@ class CellRun:
             "results": request.results,
         }
         self.life.on(Event.GO)
+        text = json.dumps(message).encode()
+        self._message = memoryview(len(text).to_bytes(MESSAGE_HEAD_BYTES, "little") + text)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Send what is left of the program's arguments, in packets that any socket takes."""
+        assert self._channel is not None and self._message is not None  # noqa: S101
+        fd = self._channel.fileno()
         try:
-            self._channel.send(json.dumps(message).encode(), socket.MSG_NOSIGNAL)
+            while len(self._message):
+                self._message = self._message[self._channel.send(self._message[:READ_BYTES], socket.MSG_NOSIGNAL) :]
+        except BlockingIOError:
+            self._loop.add_writer(fd, self._hand_over)
+            return
         except OSError:
             log.info("run %s: the cell was gone before its program came", self.id)
+        self._stop_message()
+
+    def _stop_message(self) -> None:
+        if self._message is not None and self._channel is not None:
+            self._message = None
+            self._loop.remove_writer(self._channel.fileno())
 
     # Events
 
@@ -344,6 +364,7 @@ class CellRun:
         except ProtocolError as error:
             # Not ours: the program wrote it. Its own end is still to come.
             log.info("run %s: a frame that is none: %s", self.id, error)
+            self._unread(self._channel.fileno())  # else it could keep the engine busy with more of them
             return
         self._end_by(Event.FINISHED, None)
 
@@ -386,11 +407,15 @@ class CellRun:
         """Read one stream to its end. Reading stops while the caller is slow to take it, and the pipe fills up."""
         collector = self._outputs[number - 1]
         stop = self.limits["output_stop_bytes"]
+        reads = 0
         while True:
             data = self._read_some(fd)
             if data is None:
                 await self._readable(fd)
                 continue
+            reads += 1
+            if reads % READS == 0:
+                await asyncio.sleep(0)  # a program that writes as fast as this reads must not keep the others waiting
             if not data:
                 return
             collector.add(data)
@@ -418,8 +443,12 @@ class CellRun:
         assert self._init is not None and self._stdin is not None  # noqa: S101
         fd = self._init.stdin_write
         try:
-            while len(self._stdin):
-                self._stdin = self._stdin[os.write(fd, self._stdin) :]
+            for _ in range(READS):
+                self._stdin = self._stdin[os.write(fd, self._stdin[: 16 * READ_BYTES]) :]
+                if not len(self._stdin):
+                    break
+            else:
+                raise BlockingIOError  # the others' turn
         except BlockingIOError:
             self._loop.add_writer(fd, self._feed_stdin)
             return
@@ -442,6 +471,7 @@ class CellRun:
         if self.slot is not None and self.slot.leaf is not None:
             self._unread(self.slot.leaf.oom_fd)
         self._stop_stdin()
+        self._stop_message()
         zygote, init, cell = self._prepared.zygote, self._init, self._cell
         if init is not None:
             native.pidfd_kill(init.pidfd, signal.SIGKILL)

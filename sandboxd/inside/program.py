@@ -7,16 +7,25 @@ engine. What is said here is the program's word only: limits, times and kills ar
 import ast
 import atexit
 import builtins
+import gc
 import io
 import json
 import os
+import stat
 import sys
 import threading
+import time
 import traceback
 import types
 
 CHANNEL = 3
 PACKET = 1 << 18
+HEAD_BYTES = 8  # of the first packet: how long the request is, over all its packets
+NAME_CHARACTERS = 256
+INT_END = 1 << 31
+# The syntax tree as objects takes up to 250 bytes for a character of source: beyond this, no value of a last expression.
+TREE_CHARACTERS = 256 << 10
+USER_DIRECTORIES = ("/code/", "/workspace/", "/tmp/", "/dev/shm/")
 MESSAGE_CHARACTERS = 4096
 TRACEBACK_CHARACTERS = 16384
 RESULT_CHARACTERS = 32768
@@ -53,7 +62,12 @@ def is_users(filename: str) -> bool:
     """Whether a frame of *filename* belongs to the user's own code."""
     if filename.startswith("<"):
         return not filename.startswith("<frozen")
-    return filename.startswith(("/code/", "/workspace/"))
+    return filename.startswith(USER_DIRECTORIES)
+
+
+def small(number: object) -> int | None:
+    """*number* when it is an int of the frame's range, else None: attributes of an exception may hold anything."""
+    return number if type(number) is int and 0 <= number < INT_END else None
 
 
 def without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
@@ -80,6 +94,7 @@ def described(error: BaseException, path: str) -> dict[str, object]:
     """*error* as the Result has it, with the errno of an OSError for the engine's limits_hit."""
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    name = clip(name, NAME_CHARACTERS)
     try:
         message = str(error)
     except Exception:
@@ -96,13 +111,12 @@ def described(error: BaseException, path: str) -> dict[str, object]:
         text = "".join(report.format())
     except Exception:
         text = f"{name}: {message}\n"
-    number = error.errno if isinstance(error, OSError) and isinstance(error.errno, int) else None
     return {
         "type": name,
         "message": clip(message, MESSAGE_CHARACTERS),
         "traceback": clip(text, TRACEBACK_CHARACTERS),
-        "line": line if isinstance(line, int) else None,
-        "errno": number,
+        "line": small(line),
+        "errno": small(error.errno) if isinstance(error, OSError) else None,
     }
 
 
@@ -113,32 +127,51 @@ class Program:
         self.path = f"/code/{request['filename']}"
         self.wants_results = request["results"]
         self.pid = os.getpid()
+        self.channel = os.fstat(CHANNEL)
         self.exit_code = 0
         self.error: dict[str, object] | None = None
         self.results: list[dict[str, str]] = []
         module = types.ModuleType("__main__")
-        module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None)
+        module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None, __annotations__={})
         sys.modules["__main__"] = module
         self.names = module.__dict__
         sys.argv = [self.path, *request["args"]]
+        sys.orig_argv[1:] = sys.argv
         os.environ.update(request["env"])
+        if "TZ" in request["env"]:
+            time.tzset()
         sys.path_importer_cache.pop("/workspace", None)
 
     def execute(self) -> None:
         """Compile and run; the value of a last expression is kept when the caller wants results."""
         with io.open_code(self.path) as file:
             source = file.read()
-        if not self.wants_results:
-            exec(compile(source, self.path, "exec", dont_inherit=True), self.names)
-            return
-        tree = compile(source, self.path, "exec", flags=ast.PyCF_ONLY_AST, dont_inherit=True)
-        last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-        exec(compile(tree, self.path, "exec", dont_inherit=True), self.names)
+        body, last = self.split(source) if self.wants_results and len(source) <= TREE_CHARACTERS else (None, None)
+        if body is None:
+            body = compile(source, self.path, "exec", dont_inherit=True)
+        del source
+        exec(body, self.names)
         if last is None:
             return
-        value = eval(compile(ast.Expression(last.value), self.path, "eval", dont_inherit=True), self.names)
+        value = eval(last, self.names)
         if value is not None:
             self.results.append({"text/plain": clip(repr(value), RESULT_CHARACTERS)})
+
+    def split(self, source: bytes) -> tuple[types.CodeType | None, types.CodeType | None]:
+        """The program without its last expression, and that; nothing when there is none, or when only the compiler
+        itself, which goes deeper than a tree of objects may, can tell what is wrong with it.
+        """
+        try:
+            tree = compile(source, self.path, "exec", flags=ast.PyCF_ONLY_AST, dont_inherit=True)
+            if not tree.body or not isinstance(tree.body[-1], ast.Expr):
+                return None, None
+            last = ast.Expression(tree.body.pop().value)
+            return (
+                compile(tree, self.path, "exec", dont_inherit=True),
+                compile(last, self.path, "eval", dont_inherit=True),
+            )
+        except (RecursionError, MemoryError):
+            return None, None
 
     def ended_by(self, error: BaseException) -> None:
         """As the interpreter treats what leaves a program: SystemExit is an exit, all else a traceback and status 1."""
@@ -156,22 +189,62 @@ class Program:
         error.__traceback__ = without_ours(error.__traceback__)
         if os.getpid() == self.pid:
             self.error = described(error, self.path)
-        sys.excepthook(type(error), error, error.__traceback__)
+        try:
+            sys.excepthook(type(error), error, error.__traceback__)
+        except SystemExit:
+            raise
+        except BaseException as failure:
+            print("Error in sys.excepthook:", file=sys.stderr)
+            traceback.print_exception(type(failure), failure, without_ours(failure.__traceback__))
+            print("\nOriginal exception was:", file=sys.stderr)
+            sys.__excepthook__(type(error), error, error.__traceback__)
 
     def run(self) -> None:
         try:
             self.execute()
         except BaseException as error:
             self.guard(self.ended_by, error)
-        # The order of Py_FinalizeEx: threads, atexit, streams.
+        # The order of Py_FinalizeEx: threads, atexit, streams, then what the modules held, which may print again.
         self.guard(threading._shutdown)
         self.guard(atexit._run_exitfuncs)
-        for stream in (sys.stdout, sys.stderr):
+        self.flush()
+        self.guard(self.let_go)
+        self.flush()
+
+    def flush(self) -> None:
+        """Write out the streams, also those that the program put others in the place of."""
+        for stream in {id(one): one for one in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)}.values():
             try:
                 if stream is not None and not stream.closed:
                     stream.flush()
             except BaseException:
                 self.exit_code = self.exit_code or 120  # as Py_FinalizeEx does when a flush fails
+
+    def let_go(self) -> None:
+        """Drop what the program's modules hold: files are written out, ``__del__`` runs, as at an interpreter's end.
+
+        There daemon threads stop before that; here they cannot be stopped, so they keep their globals, and only the
+        files are written out.
+        """
+        if len(sys._current_frames()) > 1:
+            for one in gc.get_objects():
+                if type(one) in (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom):
+                    try:
+                        # Another kind may block for as long as its reader likes.
+                        if not one.closed and stat.S_ISREG(os.fstat(one.fileno()).st_mode):
+                            one.flush()
+                    except Exception:
+                        continue
+            return
+        for module in list(sys.modules.values()):
+            names = module.__dict__ if type(module) is types.ModuleType else {}
+            path = names.get("__file__")
+            if type(path) is str and path.startswith(USER_DIRECTORIES):
+                known = [name for name in names if type(name) is str and name != "__builtins__"]
+                # Private names first, as _PyModule_ClearDict does.
+                for name in sorted(known, key=lambda name: name[:1] != "_" or name[:2] == "__"):
+                    names[name] = None
+        gc.collect()
 
     def guard(self, step: object, *arguments: object) -> None:
         """Run a step of the end, which may itself run the user's code (excepthook, atexit) and fail."""
@@ -188,8 +261,8 @@ class Program:
 
     def report(self) -> None:
         """The finished frame. A child of the program that came this far says nothing: the program is another process."""
-        if os.getpid() != self.pid:
-            return
+        if os.getpid() != self.pid or not os.path.samestat(os.fstat(CHANNEL), self.channel):
+            return  # descriptor 3 may be a file of the program's own by now
         frame = {"exit_code": self.exit_code, "error": self.error, "results": self.results}
         data = json.dumps(frame, ensure_ascii=False).encode("utf-8", "backslashreplace")
         limit = RESULT_CHARACTERS
@@ -203,12 +276,25 @@ class Program:
         os.write(CHANNEL, data)
 
 
+def receive() -> dict[str, object]:
+    """The engine's request: packets of one JSON object, the first led by its length."""
+    data = os.read(CHANNEL, PACKET)
+    size, parts = int.from_bytes(data[:HEAD_BYTES], "little"), [data[HEAD_BYTES:]]
+    got = len(parts[0])
+    while got < size:
+        parts.append(os.read(CHANNEL, PACKET))
+        if not parts[-1]:
+            raise EOFError
+        got += len(parts[-1])
+    return json.loads(b"".join(parts))
+
+
 def main() -> None:
     """From the fork to the end of the process; never returns."""
     code = 1
     program = None
     try:
-        request = json.loads(os.read(CHANNEL, PACKET))
+        request = receive()
         reseed()
         program = Program(request)
         program.run()

@@ -7,6 +7,7 @@ reads its program after the fork, in its own process.
 """
 
 import gc
+import io
 import json
 import os
 import sys
@@ -36,6 +37,20 @@ def preload(names: list[str], warmup: str) -> None:
         os._exit(1)
 
 
+def renew_stdin() -> None:
+    """Make ``sys.stdin`` while descriptor 0 is a pipe, as it will be in a cell: whether a file can seek is asked once."""
+    read, write = os.pipe()
+    null = os.dup(0)
+    os.dup2(read, 0)
+    binary = open(0, "rb", closefd=False)
+    binary.raw.name = "<stdin>"
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(binary, encoding="utf-8", errors=sys.stdout.errors)
+    sys.stdin.mode = "r"
+    os.dup2(null, 0)
+    for fd in (read, write, null):
+        os.close(fd)
+
+
 def main() -> bool:
     """Prepare, report, serve. True in a cell, False in the zygote at its end."""
     config = json.loads(os.read(ENGINE, PACKET))
@@ -43,6 +58,7 @@ def main() -> bool:
     preload(config["preload"], config["warmup"])
     # Streams exist before the fork and are the same objects after it, on other files.
     sys.stdout.reconfigure(line_buffering=True)
+    renew_stdin()
     sys.path[0] = "/workspace"
     for name in ("_cell", "program"):
         del sys.modules[name]

@@ -1,0 +1,41 @@
+"""Files of the host's in a tree that every cell sees, made to be attacked: open to everybody as far as modes go."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["bait"]
+
+
+@contextmanager
+def bait() -> Iterator[Path]:
+    """A directory in the interpreter's environment, which is bound into cells at its own path."""
+    place = Path(tempfile.mkdtemp(prefix=".sandboxd-bait-", dir=os.path.realpath(sys.prefix)))
+    umask = os.umask(0)
+    try:
+        place.chmod(0o755)
+        (place / "open").mkdir(0o777)
+        for name, mode in (("open.txt", 0o666), ("open/a", 0o666), ("secret.txt", 0o600)):
+            (place / name).write_text("bait")
+            (place / name).chmod(mode)
+        os.mkfifo(place / "fifo", 0o666)
+        (place / "shadow").symlink_to("/etc/shadow")
+        os.mknod(place / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        shutil.copy("/usr/bin/id", place / "suid-id")
+        (place / "suid-id").chmod(0o4755)
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(place / "host.sock"))
+            (place / "host.sock").chmod(0o755)
+            server.listen()
+            yield place
+    finally:
+        os.umask(umask)
+        shutil.rmtree(place)
