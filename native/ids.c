@@ -69,3 +69,15 @@ sbx_set_rlimits(const struct sbx_rlimit *limits, unsigned int count)
     }
     return 0;
 }
+
+/* setfsuid(2), setfsgid(2): file system access of this thread as another id, so that files put into a cell's tmpfs
+ * belong to it. Both return the previous id and no error: asking again tells whether it worked. */
+int
+sbx_file_ids(uint32_t uid, uint32_t gid)
+{
+    sbx_call(SBX_NR_setfsgid, gid);
+    sbx_call(SBX_NR_setfsuid, uid);
+    if ((uint32_t)sbx_call(SBX_NR_setfsuid, -1) != uid || (uint32_t)sbx_call(SBX_NR_setfsgid, -1) != gid)
+        return -SBX_EPERM;
+    return 0;
+}

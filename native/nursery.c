@@ -151,8 +151,9 @@ init_main(const struct init_plan *plan)
     sbx_call(SBX_NR_rt_sigaction, SBX_SIGCHLD, &ignore, 0, sizeof(uint64_t));
     sbx_call(SBX_NR_setsid);
     r = sbx_move_fd(plan->report, 0);
-    if (r >= 0)
-        r = sbx_close_from(1);
+    if (r < 0)
+        init_fail(plan->report, SBX_STAGE_FDS, r);
+    r = sbx_close_from(1);
     if (r < 0)
         init_fail(0, SBX_STAGE_FDS, r);
     r = sbx_become(INIT_ID, INIT_ID);
@@ -171,15 +172,13 @@ init_main(const struct init_plan *plan)
 static int
 make_pipes(uint32_t id, int *fds)
 {
-    int r = 0;
-
     /* A pipe's inode belongs to the fsuid of its maker: the cell may open its own /dev/stderr again. */
-    sbx_call(SBX_NR_setfsgid, id);
-    sbx_call(SBX_NR_setfsuid, id);
+    int r = sbx_file_ids(id, id);
+
     for (int i = 0; i < 3 && r >= 0; i++)
         r = (int)sbx_call(SBX_NR_pipe2, &fds[2 * i], SBX_O_CLOEXEC);
-    sbx_call(SBX_NR_setfsuid, 0);
-    sbx_call(SBX_NR_setfsgid, 0);
+    if (sbx_file_ids(0, 0) < 0)
+        quit(1); /* as a cell's id nothing that follows would be right */
     return r;
 }
 

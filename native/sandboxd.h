@@ -84,6 +84,7 @@ struct sbx_rlimit {
 };
 
 int sbx_become(uint32_t uid, uint32_t gid);
+int sbx_file_ids(uint32_t uid, uint32_t gid);
 int sbx_drop_bounding(void);
 int sbx_drop_caps(void);
 int sbx_no_new_privs(void);

@@ -131,6 +131,7 @@ zygote_child(const struct sbx_zygote_plan *plan)
     int root;
 
     default_signals();
+    sbx_close(plan->go_write_fd);
     r = sbx_call(SBX_NR_mount, 0, "/", 0, SBX_MS_REC | SBX_MS_PRIVATE, 0);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_PRIVATE, (int)-r, 0);
@@ -194,14 +195,9 @@ sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
     return (int)pid;
 }
 
-/* setfsuid(2), setfsgid(2): file system access of this thread as another id, so that files put into a cell's tmpfs
- * belong to it. Both return the previous id and no error: asking again tells whether it worked. */
+/* The engine itself: no core file and no ptrace by others of its uid; its /proc/PID belongs to root. */
 int
-sbx_file_ids(uint32_t uid, uint32_t gid)
+sbx_hide_self(void)
 {
-    sbx_call(SBX_NR_setfsgid, gid);
-    sbx_call(SBX_NR_setfsuid, uid);
-    if ((uint32_t)sbx_call(SBX_NR_setfsuid, -1) != uid || (uint32_t)sbx_call(SBX_NR_setfsgid, -1) != gid)
-        return -SBX_EPERM;
-    return 0;
+    return (int)sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0);
 }

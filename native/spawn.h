@@ -16,6 +16,7 @@ struct sbx_zygote_plan {
     size_t rootfs_length;
     char *const *argv, *const *envp; /* of the nursery: argv[1...] is the zygote's command */
     int go_fd;      /* one byte: go on */
+    int go_write_fd; /* its other end, the engine's: with the child's copy open, the engine's death would go unseen */
     int report_fd;  /* struct sbx_report on failure, end of file on success */
     int null_fd, log_fd;
     int engine_fd;  /* nursery's end of its channel */
@@ -27,6 +28,6 @@ struct sbx_zygote_plan {
 
 int sbx_launch(const struct sbx_launch *plan, int *pidfd);
 int sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd);
-int sbx_file_ids(uint32_t uid, uint32_t gid);
+int sbx_hide_self(void);
 
 #endif

@@ -136,6 +136,7 @@ class _Copies:
         self._links: dict[str, str] = {}  # of trees: their texts
         self._shortcuts: dict[str, str] = {}  # of named files: where they end
         self._resolved: dict[str, _Directory | None] = {}  # as spelled in the texts
+        self._ends: dict[str, bool] = {}  # outside of /etc: whether the image has them
 
     def collect(self) -> list[EtcFile | EtcLink]:
         for name in FILES:
@@ -163,7 +164,7 @@ class _Copies:
     def _tree(self, path: str, suffixes: tuple[str, ...], skipped: tuple[str, ...], depth: int) -> None:
         if self._host.resolve(f"/etc/{path}") != f"/etc/{path}":
             return  # missing, or reached through a symlink that is not copied
-        for name, kind, text in self._host.entries(f"/etc/{path}", MAX_NAMES):
+        for name, kind in self._host.entries(f"/etc/{path}", MAX_NAMES):
             below = f"{path}/{name}"
             if kind == stat.S_IFDIR:
                 if depth > 1:
@@ -172,8 +173,10 @@ class _Copies:
                 continue
             elif kind == stat.S_IFREG:
                 self._copy(below, f"/etc/{below}")
-            elif kind == stat.S_IFLNK and text:
-                self._links[below] = text
+            elif kind == stat.S_IFLNK:
+                text = self._host.text(f"/etc/{below}")
+                if text:
+                    self._links[below] = text
 
     def _copy(self, path: str, real: str) -> None:
         data = self._host.read(real, min(MAX_FILE_BYTES, self._left_bytes))
@@ -188,11 +191,12 @@ class _Copies:
         only the last component is looked up.
         """
         for _ in range(MAX_LINKS):
-            above, slash, name = text.rpartition("/")
-            if slash:
-                spelled = above or "/" if text[0] == "/" else f"/etc/{path.rpartition('/')[0]}/{above}"
+            above, _, name = text.rpartition("/")
+            if text[0] == "/":
+                spelled = above or "/"
             else:
-                spelled = f"/etc/{path.rpartition('/')[0]}"
+                here = path.rpartition("/")[0]
+                spelled = f"/etc/{here}/{above}" if above else f"/etc/{here}"
             directory = self._resolved[spelled] if spelled in self._resolved else self._directory(spelled)
             if directory is None:
                 return False
@@ -200,10 +204,15 @@ class _Copies:
             if name in ("", ".", ".."):
                 return self._walks_inside(f"{spelled}/{name}")
             if not end.startswith("/etc/"):
-                kind = self._host.kind(end)
-                if kind == stat.S_IFLNK:
-                    return self._walks_inside(end)
-                return kind != 0 and (directory.visible or self._visible(end))
+                known = self._ends.get(end)
+                if known is None:
+                    kind = self._host.kind(end)
+                    if kind == stat.S_IFLNK:
+                        known = self._walks_inside(end)
+                    else:
+                        known = kind != 0 and (directory.visible or self._visible(end))
+                    self._ends[end] = known
+                return known
             path = end[len("/etc/") :]
             if path in self._files:
                 return True

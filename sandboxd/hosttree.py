@@ -31,14 +31,6 @@ class Walk(NamedTuple):
     passed: tuple[str, ...]
 
 
-class Entry(NamedTuple):
-    """*kind* is S_IFREG, S_IFDIR, S_IFLNK, or 0 for all others; *text* is a symlink's, empty when it cannot be read."""
-
-    name: str
-    kind: int
-    text: str
-
-
 class HostTree:
     """The file system below *root*, taken to stand still while it is read: a known directory is not looked up again."""
 
@@ -107,10 +99,16 @@ class HostTree:
         except OSError:
             return 0
 
-    def entries(self, path: str, limit: int) -> list[Entry]:
-        """What is in the directory *path*, sorted by name, at most *limit*.
+    def text(self, real: str) -> str:
+        """What the symlink at *real* says; empty when none is there."""
+        try:
+            return os.readlink(self._root + real)
+        except OSError:
+            return ""
 
-        Nothing when *path* cannot be read or is a symlink itself.
+    def entries(self, path: str, limit: int) -> list[tuple[str, int]]:
+        """What is in the directory *path*: names, sorted, at most *limit*, with S_IFREG, S_IFDIR or S_IFLNK, and 0 for
+        all other kinds. Nothing when *path* cannot be read or is a symlink itself.
         """
         try:
             fd = os.open(self.source(path), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -118,8 +116,7 @@ class HostTree:
             return []
         try:
             with os.scandir(fd) as found:
-                kinds = sorted([(entry.name, _kind(entry)) for entry in found])[:limit]
-            return [Entry(name, kind, _text(name, fd) if kind == _LINK else "") for name, kind in kinds]
+                return sorted([(entry.name, _LINK if entry.is_symlink() else _kind(entry)) for entry in found])[:limit]
         except OSError:
             return []
         finally:
@@ -151,7 +148,7 @@ class HostTree:
         *limit_bytes*: the engine may be root, the cell that gets the content is nobody.
         """
         try:
-            if self.for_everyone(real) is not None:
+            if self.for_everyone(real.rpartition("/")[0]) is not None:
                 return None
             # O_NONBLOCK: a fifo must not stop us, nor a device be woken, before fstat has told what it is.
             fd = os.open(self.source(real), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -161,12 +158,15 @@ class HostTree:
             info = os.fstat(fd)
             if not stat.S_ISREG(info.st_mode) or not info.st_mode & stat.S_IROTH or info.st_size > limit_bytes:
                 return None
-            content = bytearray()
-            while len(content) <= limit_bytes:
-                chunk = os.read(fd, limit_bytes + 1 - len(content))
+            chunks: list[bytes] = []
+            left = limit_bytes + 1
+            while left > 0:
+                # Not all that may be there: a buffer of that size costs more than the read.
+                chunk = os.read(fd, min(left, info.st_size + 1))
                 if not chunk:
-                    return bytes(content)
-                content += chunk
+                    return b"".join(chunks)
+                chunks.append(chunk)
+                left -= len(chunk)
         except OSError:
             return None
         finally:
@@ -177,16 +177,8 @@ class HostTree:
 _LINK = stat.S_IFLNK
 
 
-def _text(name: str, directory_fd: int) -> str:
-    try:
-        return os.readlink(name, dir_fd=directory_fd)
-    except OSError:
-        return ""  # gone, or not ours to read: like a link that leads nowhere
-
-
 def _kind(entry: os.DirEntry[str]) -> int:
-    if entry.is_symlink():
-        return _LINK
+    """The kind of *entry*, which is no symlink."""
     if entry.is_dir(follow_symlinks=False):
         return stat.S_IFDIR
     return stat.S_IFREG if entry.is_file(follow_symlinks=False) else 0

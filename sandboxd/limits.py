@@ -106,7 +106,7 @@ _TABLE = (
         unlimited="the kernel has no such value: fs.nr_open bounds RLIMIT_NOFILE",
     ),
     Limit(
-        "file_bytes", "bytes", 64 * _MIB, 1, _PIB,
+        "file_bytes", "bytes", 512 * _MIB, 1, _PIB,
         "RLIMIT_FSIZE of each process",
         "0 would forbid every write to a file",
     ),

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from sandboxd._native import ffi, lib
 
-__all__ = ["as_file_owner", "c_strings", "check", "landlock_abi", "launch", "open_beneath", "pidfd_kill", "pidfd_open"]
+__all__ = ["as_file_owner", "c_strings", "check", "hide_self", "landlock_abi", "launch", "open_beneath", "pidfd_kill", "pidfd_open"]
 
 
 def check(result: int, operation: str, path: str | None = None) -> int:
@@ -46,6 +46,11 @@ def pidfd_kill(pidfd: int, signal: int) -> bool:
         return False
     check(result, "pidfd_send_signal")
     return True
+
+
+def hide_self() -> None:
+    """Make this process non-dumpable: no core file, no ptrace by its own uid. Source: PR_SET_DUMPABLE, prctl(2)."""
+    check(lib.sbx_hide_self(), "prctl")
 
 
 def landlock_abi() -> int:

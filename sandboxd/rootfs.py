@@ -89,7 +89,7 @@ class Op(_OpFields):
             raise ValueError(f"target must be a plain relative path, not {target!r}")
         if "\0" in target or "\0" in source:
             raise ValueError("target and source must not hold a NUL")
-        return super().__new__(cls, kind, target, source, data, mode, flags)
+        return tuple.__new__(cls, (kind, target, source, data, mode, flags))
 
 
 TREE_FLAGS = RDONLY | NOSUID | NODEV

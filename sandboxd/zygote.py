@@ -497,6 +497,7 @@ def _spawn(
                     "argv": argv,
                     "envp": envp,
                     "go_fd": go_read,
+                    "go_write_fd": go_write,
                     "report_fd": report_write,
                     "null_fd": null,
                     "log_fd": log_end,

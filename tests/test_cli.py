@@ -591,7 +591,7 @@ def test_run_json_is_one_result_object() -> None:
     done = command("run", "--json", "-c", "print('out'); 1 + 1")
     result = json.loads(done.stdout)
     assert (result["status"], result["stdout"], result["exit_code"]) == ("ok", "out\n", 0)
-    assert result["results"] == [{"text/plain": "2"}]
+    assert result["results"] == [{"mime": {"text/plain": "2"}}]
     assert done.returncode == 0
 
 

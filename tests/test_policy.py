@@ -37,7 +37,7 @@ PROMISED = {
     "workspace_bytes": 64 << 20,
     "workspace_files": 4096,
     "open_files": 256,
-    "file_bytes": 64 << 20,
+    "file_bytes": 512 << 20,
     "output_bytes": 1 << 20,
     "output_stop_bytes": 8 << 20,
     "queue_seconds": 30,

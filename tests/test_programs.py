@@ -178,7 +178,7 @@ ENDS_WELL = [
     (
         "shared-memory",
         "from multiprocessing.shared_memory import SharedMemory\nm = SharedMemory(create=True, size=8); m.buf[0] = 9\n"
-        "print(SharedMemory(m.name).buf[0]); m.close(); m.unlink()",
+        "n = SharedMemory(m.name); print(n.buf[0]); n.close(); m.close(); m.unlink()",
         "9\n",
     ),
     ("mmap", "import mmap; m = mmap.mmap(-1, 4096); m[:2] = b'ab'; print(m[:2])", "b'ab'\n"),
@@ -440,7 +440,7 @@ EXCEPTIONS = [  # type, message, line
     # What an exception says of itself may be anything.
     ("raise OSError(True, 'odd')", "PermissionError", "[Errno True] odd", 1),
     ("raise OSError(10**30, 'odd')", "OSError", f"[Errno {10**30}] odd", 1),
-    ("e = SyntaxError('s')\ne.filename, e.lineno = __file__, 10**30\nraise e", "SyntaxError", "s (main.py, line 0)", 3),
+    ("e = SyntaxError('s')\ne.filename, e.lineno = __file__, 10**30\nraise e", "SyntaxError", "s (main.py, line -1)", 3),
     ("class E(Exception):\n    def __str__(self): return '\\ud800'\nraise E", "E", "?", 3),
 ]  # fmt: skip
 

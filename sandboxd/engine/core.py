@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import secrets
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from sandboxd import cgroup, ids, seccomp
+from sandboxd import cgroup, ids, native, seccomp
 from sandboxd.engine import selftest
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.prepared import Prepared, RootPlans, kernel_release, prepare
@@ -69,6 +70,10 @@ class Engine:
                 "run it as root, or connect to a daemon: Sandbox.connect(), sandboxd run --connect unix:PATH",
                 "this version's engine makes its id maps and cgroups as root",
             )
+        native.hide_self()
+        # Every cell takes some thirty descriptors here; what cells may open is their own limit.
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         layout = cgroup.discover()
         for swept in cgroup.sweep(layout):
             log.warning("swept what a dead engine left: %s", swept)
@@ -77,7 +82,7 @@ class Engine:
             bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks())
             self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
             self.ids = undo.enter_context(ids.claim(self.config.ids))
-            self.slot_ids = self.ids.slots()
+            self.slot_ids = self.ids.slots(running + SPARE_SLOTS)
             if running > self.slot_ids.capacity:
                 raise Unavailable(
                     "ids", None, "give the engine a larger range of ids, or lower max_running",

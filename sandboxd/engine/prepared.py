@@ -106,7 +106,8 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
         raise Unavailable("cgroup", None, fix, f"the policy requires the controllers {', '.join(lacking)}")
     chosen = plain["seccomp"]
     profile = seccomp.effective(chosen["profile"], chosen["allow"], chosen["deny"])
-    python = Interpreter.probe(runtime["interpreter"]) if runtime["interpreter"] else Interpreter.current()
+    chosen_python = runtime["interpreter"]
+    python = await asyncio.to_thread(Interpreter.probe, chosen_python) if chosen_python else Interpreter.current()
     operations = engine.roots.plan(python)
     if "read-only" in down:
         operations = [

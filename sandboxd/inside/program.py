@@ -135,6 +135,7 @@ class Program:
         module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None, __annotations__={})
         sys.modules["__main__"] = module
         self.names = module.__dict__
+        threading.main_thread()._set_native_id()  # its own at-fork hook forgets that before 3.13
         sys.argv = [self.path, *request["args"]]
         sys.orig_argv[1:] = sys.argv
         os.environ.update(request["env"])
