@@ -126,6 +126,16 @@ def test_blocks_of_one_range_never_overlap() -> None:
     assert all(FALLBACK.contains(block) for block in blocks)
 
 
+@pytest.mark.parametrize("start", [0, 1, 5, 9, 10, 25])
+def test_blocks_of_several_ranges_are_all_offered_from_any_start(start: int) -> None:
+    areas = [IdRange(100_000, 65_536), IdRange(300_000, 5_000), IdRange(400_000, 100), IdRange(500_000, 10_000)]
+    whole = [block for area in areas for block in ids.cut(area, 8_192)]
+    assert len(whole) == 10
+    first = start % 10
+    assert list(ids.cut_all(areas, 8_192, start)) == whole[first:] + whole[:first]
+    assert list(ids.cut_all(areas[2:3], 8_192, start)) == []
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -80,8 +80,8 @@ def test_the_whole_tree_is_gone_after_a_timeout(sandbox: Sandbox) -> None:
     code = """
     import os
     for _ in range(3):
-        os.fork()
-    os.setpgid(0, 0)
+        if os.fork() == 0:
+            os.setpgid(0, 0)
     while True:
         os.write(1, b"x")
     """
@@ -206,7 +206,7 @@ HOGS = [
     ("ignores-everything", "import signal\nfor n in range(1, 32):\n    if n not in (9, 19): signal.signal(n, 1)\nx = []\nwhile True: x.append(bytearray(1 << 20))"),
     ("shm-and-tmp", FILL + "for path in ('/dev/shm/f', '/tmp/f', '/workspace/f'):\n    try: fill(path)\n    except OSError: print('full')\nx = bytearray(40 << 20)"),
     ("repr", "class A:\n    def __repr__(self):\n        x = 'x'\n        while True: x += x\nA()"),
-    ("memfd-like", "import os\nr = [os.pipe() for _ in range(100)]\nx = []\nwhile True: x.append(bytes(1 << 20).replace(b'\\0', b'1'))"),
+    ("memfd", "import os\nf = os.memfd_create('m')\nwhile True: os.write(f, bytes(1 << 20))"),
 ]  # fmt: skip
 
 
@@ -524,17 +524,17 @@ def test_output_without_an_end_does_not_keep_others_waiting() -> None:
 def test_usage_is_of_this_run_alone(sandbox: Sandbox) -> None:
     heavy = """
     import os, time
-    x = b"x" * (200 << 20)
+    x = b"x" * (100 << 20)
     for _ in range(20): os.fork() or os._exit(0)
     end = time.process_time() + 0.5
     while time.process_time() < end: pass
     """
     light = "print(1)"
-    for _ in range(3):
+    for _ in range(2):
         big = inside(sandbox, heavy)
         assert big.status == "ok"
         assert big.usage.memory_peak_bytes is not None
-        assert big.usage.memory_peak_bytes > 200 * MIB
+        assert big.usage.memory_peak_bytes > 100 * MIB
         assert big.usage.cpu_user_seconds + big.usage.cpu_system_seconds > 0.5
         assert big.usage.pids_peak is None or big.usage.pids_peak >= 2
         small = sandbox.run(light)

@@ -508,6 +508,61 @@ def test_link_through_a_link_that_is_not_copied_is_left_out(host: Host) -> None:
     assert not has(host.plan(interpreter()), "etc/alternatives/vi")
 
 
+def test_manual_pages_among_the_alternatives_are_left_out(host: Host) -> None:
+    host.file("/usr/share/man/man1/vim.1.gz", "")
+    host.link("/etc/alternatives/vi.1.gz", "/usr/share/man/man1/vim.1.gz")
+    assert not has(host.plan(interpreter()), "etc/alternatives/vi.1.gz")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("../../usr/bin/vim.basic", True),
+        ("/usr/bin", True),
+        ("/usr/bin/.", True),
+        ("/usr", True),
+        ("/usr/lib/../bin/vim.basic", True),
+        ("/usr/bin/vim", True),
+        ("vim", True),
+        ("/usr/bin/round", True),
+        ("/usr/bin/out", False),
+        ("/usr/bin/loop", False),
+        ("/usr/bin/vim.basic/", False),
+        ("/usr/bin/vim.basic/x", False),
+        ("/usr/bin/gone/../vim.basic", False),
+        ("/home/alice/bin/vim", False),
+        ("/etc/hidden/bin/vim.basic", False),
+        ("/etc/hidden", False),
+        ("/etc", False),
+        ("/", False),
+        (".", False),
+        ("vi", False),
+        ("one", False),
+    ],
+)
+def test_link_of_a_tree_is_kept_when_the_image_has_its_end(host: Host, text: str, kept: bool) -> None:
+    host.file("/usr/bin/vim.basic", "")
+    host.file("/home/alice/bin/vim", "")
+    host.link("/usr/bin/vim", "vim.basic")
+    host.link("/usr/bin/round", "/etc/alternatives/vim")
+    host.link("/usr/bin/out", "/home/alice/bin/vim")
+    host.link("/usr/bin/loop", "loop")
+    host.link("/etc/hidden/bin", "/usr/bin")
+    host.link("/etc/alternatives/vim", "/usr/bin/vim.basic")
+    host.link("/etc/alternatives/one", "two")
+    host.link("/etc/alternatives/two", "one")
+    host.link("/etc/alternatives/vi", text)
+    plan = host.plan(interpreter())
+    assert has(plan, "etc/alternatives/vi") is kept
+    assert not has(plan, "etc/alternatives/one")
+
+
+def test_tree_reached_through_a_symlink_is_left_out(host: Host) -> None:
+    host.file("/home/alice/certs/own.pem", "own")
+    host.link("/etc/ssl", "/home/alice")
+    assert not [name for name in etc_of(host.plan(interpreter())) if name.startswith("ssl")]
+
+
 def test_certificate_links_are_kept_when_their_ends_are(host: Host) -> None:
     host.file("/usr/share/ca-certificates/A.crt", "A")
     host.link("/etc/ssl/certs/A.pem", "/usr/share/ca-certificates/A.crt")

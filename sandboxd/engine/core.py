@@ -36,6 +36,7 @@ __all__ = ["Engine"]
 log = logging.getLogger("sandboxd.engine")
 
 RESTART_SECONDS: Final = 1.0
+"""How long a policy that could not be brought into force answers with the same error before it is tried again."""
 SPARE_SLOTS: Final = 64
 """Slots beyond max_running: a run that is dying slowly keeps its own."""
 
@@ -54,9 +55,11 @@ class Engine:
         self.live: dict[str, CellRun] = {}
         self.owners: dict[str, dict[str, Any]] = {}
         self._prepared: dict[str, Prepared] = {}
-        self._preparing: dict[str, asyncio.Lock] = {}
+        self._preparing: dict[str, asyncio.Task[Prepared]] = {}
         self._running = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._queued = 0
+        # By the uid that asked, in the order in which the uids are served.
+        self._waiting: dict[object, deque[asyncio.Future[None]]] = {}
         self._undo = contextlib.ExitStack()
         self._closed = False
         self.roots = RootPlans(self)
@@ -102,25 +105,43 @@ class Engine:
     # Policies
 
     async def prepared(self, key: str, plain: dict[str, Any]) -> Prepared:
-        """Policy *plain* in force, its zygote alive; made when first asked for, and again when its zygote was lost."""
-        lock = self._preparing.setdefault(key, asyncio.Lock())
-        async with lock:
-            found = self._prepared.get(key)
-            if found is not None and not found.zygote.lost:
-                return found
-            if found is not None:
-                log.error("the zygote of policy %s was lost: %s", found.name, found.zygote.last_words())
-                await found.zygote.close()
-                del self._prepared[key]
-            made = await prepare(self, plain)
-            try:
-                if not self.config.walls_down:
-                    await self._prove(made)
-            except BaseException:
-                await made.zygote.close()
-                raise
-            self._prepared[key] = made
-            return made
+        """Policy *plain* in force, its zygote alive; made when first asked for, and again when its zygote was lost.
+
+        The making belongs to the engine, not to who asked first: a client that leaves does not stop it for the others.
+        Raises Unavailable, PolicyError; the same again for RESTART_SECONDS, so that nobody can keep the engine busy with
+        attempts.
+        """
+        found = self._prepared.get(key)
+        if found is not None and not found.zygote.lost:
+            return found
+        if self._closed:
+            raise Unavailable("engine", None, "start a new one", "the engine is closing")
+        making = self._preparing.get(key)
+        if making is None:
+            making = self._preparing[key] = asyncio.get_running_loop().create_task(self._make(key, plain))
+            making.add_done_callback(lambda done: self._made(key, done))
+        return await asyncio.shield(making)
+
+    def _made(self, key: str, making: asyncio.Task[Prepared]) -> None:
+        if making.cancelled() or making.exception() is None:
+            del self._preparing[key]
+        else:
+            making.get_loop().call_later(RESTART_SECONDS, self._preparing.pop, key, None)
+
+    async def _make(self, key: str, plain: dict[str, Any]) -> Prepared:
+        lost = self._prepared.pop(key, None)
+        if lost is not None:
+            log.error("the zygote of policy %s was lost: %s", lost.name, lost.zygote.last_words())
+            await lost.zygote.close()
+        made = await prepare(self, plain)
+        try:
+            if not self.config.walls_down:
+                await self._prove(made)
+        except BaseException:
+            await made.zygote.close()
+            raise
+        self._prepared[key] = made
+        return made
 
     async def _prove(self, made: Prepared) -> None:
         """Run the self-test in a first cell."""
@@ -167,23 +188,31 @@ class Engine:
         announce(run)
         try:
             wait = limits["queue_seconds"]
-            await self._admit(None if wait is None else float(wait), notice)
+            await self._admit(owner.get("uid"), None if wait is None else float(wait), notice)
             try:
-                return await run.execute(time.monotonic() - queued)
+                answer = await run.execute(time.monotonic() - queued)
             finally:
                 self._leave()
+            await run.delivered()
+            return answer
         finally:
             del self.live[identity], self.owners[identity]
 
-    async def _admit(self, wait_seconds: float | None, notice: Callable[[str], Awaitable[None]] | None) -> None:
-        """Take one of max_running turns, first come first served. Raises Busy."""
+    async def _admit(
+        self, who: object, wait_seconds: float | None, notice: Callable[[str], Awaitable[None]] | None
+    ) -> None:
+        """Take one of max_running turns. The uids that wait are served in rotation, the runs of one uid in their order:
+        who asks for a hundred runs stands in nobody's way. Raises Busy.
+        """
         if self._running < self.config.running() and not self._waiting:
             self._running += 1
             return
-        if len(self._waiting) >= self.config.max_queued:
+        if self._queued >= self.config.max_queued:
             raise Busy(1.0)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        mine = self._waiting.setdefault(who, deque())
+        mine.append(turn)
+        self._queued += 1
         try:
             async with asyncio.timeout(wait_seconds):
                 if notice is not None:
@@ -198,13 +227,20 @@ class Engine:
                 raise Busy(1.0) from None
             raise
         finally:
+            self._queued -= 1
             with contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
+                mine.remove(turn)
+            if not mine and self._waiting.get(who) is mine:
+                del self._waiting[who]
 
     def _leave(self) -> None:
         """Give the turn to the next in the queue."""
         while self._waiting:
-            turn = self._waiting.popleft()
+            who = next(iter(self._waiting))
+            mine = self._waiting.pop(who)
+            turn = mine.popleft()
+            if mine:
+                self._waiting[who] = mine  # behind the others
             if not turn.done():
                 turn.set_result(None)
                 return
@@ -237,8 +273,13 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        making = list(self._preparing.values())
+        for task in making:
+            task.cancel()
         for run in list(self.live.values()):
             run.cancel()
+        if making:
+            await asyncio.wait(making, timeout=2)
         for prepared in self._prepared.values():
             with contextlib.suppress(ZygoteLost):
                 await prepared.zygote.close()

@@ -28,7 +28,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import native
@@ -37,20 +37,20 @@ from sandboxd.engine import workspace
 from sandboxd.engine.life import Event, Life, State
 from sandboxd.engine.outcome import Cause, Evidence, Finished, judge, parse_finished
 from sandboxd.engine.output import Collector
+from sandboxd.engine.streams import Emit, OutputStream
 from sandboxd.errors import ProtocolError, Unavailable
 from sandboxd.limits import LimitValue
 from sandboxd.stages import unavailable
+from sandboxd.waiting import readable
 from sandboxd.wire import Run
 from sandboxd.zygote import CellProcess, Init, InitSizes, ZygoteLost
 
 if TYPE_CHECKING:
-    from sandboxd.engine.core import Engine, Prepared
+    from sandboxd.engine.core import Engine
+    from sandboxd.engine.prepared import Prepared
     from sandboxd.engine.slots import Slot
 
 __all__ = ["CellRun", "Emit"]
-
-Emit = Callable[[int, bytes], Awaitable[None]]
-"""Called with 1 or 2 and bytes of stdout or stderr as they come; the pipe is not read while it waits."""
 
 log = logging.getLogger("sandboxd.engine")
 
@@ -103,7 +103,7 @@ class CellRun:
         self._hello: asyncio.Future[bytes] | None = None
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._readers: set[int] = set()
-        self._pumps: list[asyncio.Task[None]] = []
+        self._streams: list[OutputStream] = []
         keep = int(limits["output_bytes"] or 0)
         self._outputs = (Collector(keep), Collector(keep))
         self._known: workspace.Known = {}
@@ -183,11 +183,24 @@ class CellRun:
             header, texts = self._result(queued_seconds, setup, run, counters, free, collected)
         except BaseException:
             collected.close()
+            self._drop_streams()
             raise
         finally:
             self.life.on(Event.COLLECTED)
             self._release()
         return header, texts, collected
+
+    async def delivered(self) -> None:
+        """After ``execute``: until the caller has taken the output that was still on its way. No slot waits for that."""
+        try:
+            for stream in self._streams:
+                await stream.delivered()
+        finally:
+            self._drop_streams()
+
+    def _drop_streams(self) -> None:
+        for stream in self._streams:
+            stream.cancel()
 
     async def _set_up(self) -> None:
         """Everything up to a sealed cell that waits for its program."""
@@ -283,7 +296,7 @@ class CellRun:
         request = self._request
         for number, fd in ((1, init.stdout_read), (2, init.stderr_read)):
             os.set_blocking(fd, False)
-            self._pumps.append(self._loop.create_task(self._pump(number, fd)))
+            self._streams.append(OutputStream(number, fd, self._outputs[number - 1], self._emit, self._grown))
         leaf = self.slot.leaf
         assert leaf is not None  # noqa: S101
         leaf.oom_clear()
@@ -403,41 +416,11 @@ class CellRun:
 
     # Streams
 
-    async def _pump(self, number: int, fd: int) -> None:
-        """Read one stream to its end. Reading stops while the caller is slow to take it, and the pipe fills up."""
-        collector = self._outputs[number - 1]
+    def _grown(self) -> None:
+        """A stream has grown; beyond output_stop_bytes the run is over."""
         stop = self.limits["output_stop_bytes"]
-        reads = 0
-        while True:
-            data = self._read_some(fd)
-            if data is None:
-                await self._readable(fd)
-                continue
-            reads += 1
-            if reads % READS == 0:
-                await asyncio.sleep(0)  # a program that writes as fast as this reads must not keep the others waiting
-            if not data:
-                return
-            collector.add(data)
-            if stop is not None and collector.total_bytes > stop:
-                self._end_by(Event.LIMIT, "output")
-            elif self._emit is not None:
-                await self._emit(number, data)
-
-    @staticmethod
-    def _read_some(fd: int) -> bytes | None:
-        try:
-            return os.read(fd, READ_BYTES)
-        except BlockingIOError:
-            return None
-
-    async def _readable(self, fd: int) -> None:
-        ready = self._loop.create_future()
-        self._read(fd, lambda: ready.done() or ready.set_result(None))
-        try:
-            await ready
-        finally:
-            self._unread(fd)
+        if stop is not None and max(one.total_bytes for one in self._outputs) > stop:
+            self._end_by(Event.LIMIT, "output")
 
     def _feed_stdin(self) -> None:
         assert self._init is not None and self._stdin is not None  # noqa: S101
@@ -480,20 +463,20 @@ class CellRun:
         try:
             async with asyncio.timeout(DEATH_SECONDS):
                 if cell is not None:
-                    await self._readable(cell.pidfd)
+                    self._unread(cell.pidfd)
+                    await readable(cell.pidfd)
                     if self._finished is None and self._channel is not None and self.started is not None:
                         self._last_frame()
                     with contextlib.suppress(ZygoteLost, OSError):
                         self._wait = await zygote.reap(cell)
                 if init is not None:
-                    await self._readable(init.pidfd)
-                for pump in self._pumps:
-                    with contextlib.suppress(Exception):
-                        await pump
+                    await readable(init.pidfd)
+                for stream in self._streams:
+                    await stream.finish()
         except TimeoutError:
             alive = True
-        for pump in self._pumps:
-            pump.cancel()
+            for stream in self._streams:
+                stream.cancel()
         if alive:
             log.error("run %s: its processes are still there after %g s; its slot is not used again", self.id, DEATH_SECONDS)
             if self.slot is not None:

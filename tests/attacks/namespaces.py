@@ -91,7 +91,7 @@ ATTACKS = (
             os._exit(0)
         """,
         "EPERM",
-        _FILTER,
+        why="the filter's alone, and not harmless without it: nobody would reap that child, and the cell's end would wait",
     ),
     Attack(
         "setns-init",
