@@ -289,8 +289,8 @@ start_zygote(char **argv, char **envp)
         return (int)pid;
     sbx_call(SBX_NR_rt_sigprocmask, 2, &none, 0, sizeof(uint64_t));
     sbx_call(SBX_NR_setsid);
-    sbx_move_fd(ZYGOTE, ENGINE);
-    sbx_close_from(ENGINE + 1);
+    if (sbx_move_fd(ZYGOTE, ENGINE) < 0 || sbx_close_from(ENGINE + 1) < 0)
+        quit(126);
     sbx_call(SBX_NR_execve, argv[1], argv + 1, envp);
     sbx_write_all(2, no_exec, sizeof(no_exec) - 1);
     quit(127);
@@ -321,7 +321,8 @@ nursery_main(long *stack)
     } polls[3] = {{.fd = ENGINE, .events = 1}, {.fd = OWNER, .events = 1}, {.fd = -1, .events = 1}};
     int zygote;
 
-    sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0);
+    if (sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
+        quit(3);
     sbx_call(SBX_NR_rt_sigprocmask, 2, &sigchld, 0, sizeof(uint64_t));
     polls[2].fd = (int)sbx_call(SBX_NR_signalfd4, -1, &sigchld, sizeof(uint64_t), SBX_O_NONBLOCK | SBX_O_CLOEXEC);
     home_netns = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/ns/net", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);

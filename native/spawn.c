@@ -69,30 +69,69 @@ all_signals_blocked(uint64_t *old)
     return sbx_call(SBX_NR_rt_sigprocmask, 2, &all, old, sizeof(uint64_t));
 }
 
-/* Start the engine, exec'ed, from the caller's program. No exit signal: the caller's SIGCHLD handler and its waits never
- * hear of it (it is reaped through the pidfd with __WALL). A session of its own: the terminal's Ctrl-C is the caller's. */
+/* The engine's process up to exec. */
+static _Noreturn void
+launch_child(const struct sbx_launch *plan)
+{
+    default_signals();
+    sbx_call(SBX_NR_setsid);
+    if (place_fds(plan->fds, plan->nfds) < 0 || sbx_close_from(plan->nfds) < 0)
+        child_exit(126);
+    sbx_call(SBX_NR_chdir, "/");
+    sbx_call(SBX_NR_umask, 022);
+    sbx_call(SBX_NR_execve, plan->path, plan->argv, plan->envp);
+    child_exit(127);
+}
+
+/* Start the engine, exec'ed, from the caller's program, in a session of its own: the terminal's Ctrl-C is the caller's.
+ *
+ * The caller shall hear of no child. exec gives every process SIGCHLD as its exit signal (de_thread in fs/exec.c), so the
+ * engine is made by a process in between that never execs and has none; when that has ended, the engine is init's. The
+ * one in between shares the caller's descriptors: the engine's pidfd appears among them. */
 int
 sbx_launch(const struct sbx_launch *plan, int *pidfd)
 {
-    struct sbx_clone_args args = {.flags = SBX_CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)pidfd};
+    struct sbx_clone_args between = {.flags = SBX_CLONE_FILES};
+    struct {
+        int32_t pid, pidfd;
+    } made = {-SBX_EIO, -1};
     uint64_t old;
-    long pid, r = all_signals_blocked(&old);
+    int report[2];
+    long pid, r = sbx_call(SBX_NR_pipe2, report, SBX_O_CLOEXEC);
 
     if (r < 0)
         return (int)r;
-    pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
+    all_signals_blocked(&old);
+    pid = sbx_call(SBX_NR_clone3, &between, sizeof(between));
     if (pid == 0) {
-        default_signals();
-        sbx_call(SBX_NR_setsid);
-        if (place_fds(plan->fds, plan->nfds) < 0 || sbx_close_from(plan->nfds) < 0)
-            child_exit(126);
-        sbx_call(SBX_NR_chdir, "/");
-        sbx_call(SBX_NR_umask, 022);
-        sbx_call(SBX_NR_execve, plan->path, plan->argv, plan->envp);
-        child_exit(127);
+        struct sbx_clone_args engine = {
+            .flags = SBX_CLONE_PIDFD,
+            .pidfd = (uint64_t)(uintptr_t)&made.pidfd,
+            .exit_signal = SBX_SIGCHLD,
+        };
+
+        made.pid = (int32_t)sbx_call(SBX_NR_clone3, &engine, sizeof(engine));
+        if (made.pid == 0)
+            launch_child(plan);
+        sbx_write_all(report[1], &made, sizeof(made));
+        child_exit(0);
+    }
+    if (pid > 0) {
+        do
+            r = sbx_call(SBX_NR_wait4, pid, 0, SBX_WALL, 0);
+        while (r == -SBX_EINTR);
+        sbx_close(report[1]); /* not before: it is the same table */
+        r = sbx_read_all(report[0], &made, sizeof(made));
+        if (r < 0)
+            made.pid = (int32_t)r;
+    } else {
+        made.pid = (int32_t)pid;
+        sbx_close(report[1]);
     }
     sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
-    return (int)pid;
+    sbx_close(report[0]);
+    *pidfd = made.pidfd;
+    return made.pid;
 }
 
 /* Two more things that the zygote's processes shall not have. An anonymous session keyring of their own: keyrings are

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -63,14 +64,17 @@ class AsyncSandbox:
         if self._closed:
             raise RuntimeError("This AsyncSandbox is closed.")
         async with self._starting:
+            if self._closed:
+                raise RuntimeError("This AsyncSandbox is closed.")
             if self._sandbox is None:
-                starting = asyncio.ensure_future(asyncio.to_thread(self._start))
+                start = _Start(self._start)
                 try:
-                    self._sandbox = await asyncio.shield(starting)
+                    await asyncio.to_thread(start.run)
                 except asyncio.CancelledError:
-                    # The thread cannot be stopped; what it made must not stay behind.
-                    starting.add_done_callback(_close_unwanted)
+                    start.abandon()
                     raise
+                self._sandbox = start.made
+            assert self._sandbox is not None  # noqa: S101 (run's promise)
             return self._sandbox
 
     async def run(
@@ -103,27 +107,32 @@ class AsyncSandbox:
             on_stdout=on_stdout,
             on_stderr=on_stderr,
         )
-        sock, fresh = sandbox._connection()
-        sock.setblocking(False)
-        keep = False
-        try:
-            result = await _drive(sock, exchange, fresh)
-            keep = True
-        except SandboxError as error:
-            keep = not isinstance(error, ConnectionLost | ProtocolError)
-            sandbox._check_open()
-            raise
-        except BaseException:
-            await _cancel(sock)
-            raise
-        finally:
-            sandbox._settle(sock, keep=keep)
-        return result
+        while True:
+            sock, fresh = sandbox._connection()
+            sock.setblocking(False)
+            keep = False
+            try:
+                result = await _drive(sock, exchange, fresh)
+                keep = True
+            except SandboxError as error:
+                keep = not isinstance(error, ConnectionLost | ProtocolError)
+                sandbox._check_open()
+                if fresh or exchange.sent or not isinstance(error, ConnectionLost):
+                    raise
+                sandbox._forget_idle()  # as in Sandbox.run
+            except BaseException:
+                await _cancel(sock)
+                raise
+            else:
+                return result
+            finally:
+                sandbox._settle(sock, keep=keep)
 
     async def close(self) -> None:
         """As ``Sandbox.close``."""
         self._closed = True
-        sandbox, self._sandbox = self._sandbox, None
+        async with self._starting:  # what is being started must not stay behind
+            sandbox, self._sandbox = self._sandbox, None
         if sandbox is not None:
             await asyncio.to_thread(sandbox.close)
 
@@ -140,26 +149,46 @@ class AsyncSandbox:
         return f"<AsyncSandbox {self._sandbox!r}>"
 
 
-def _close_unwanted(starting: asyncio.Future[Sandbox]) -> None:
-    if not starting.cancelled() and starting.exception() is None:
-        starting.result().close()
+class _Start:
+    """Makes a Sandbox in a thread, which cannot be stopped: one that nobody waits for any more is closed there, also
+    when the loop is gone by then.
+    """
+
+    def __init__(self, make: Callable[[], Sandbox]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._unwanted = False
+        self.made: Sandbox | None = None
+
+    def run(self) -> None:
+        """In the thread."""
+        made = self._make()
+        with self._lock:
+            self.made = made
+            unwanted = self._unwanted
+        if unwanted:
+            made.close()
+
+    def abandon(self) -> None:
+        """Nobody waits: close it now, or as soon as it is there."""
+        with self._lock:
+            self._unwanted = True
+            made = self.made
+        if made is not None:
+            made.close()
 
 
 async def _drive(sock: socket.socket, exchange: Exchange, fresh: bool) -> Result:
-    try:
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # as in Sandbox._drive
         if fresh:
             await _send(sock, *protocol.pack(protocol.hello()))
         await _send(sock, *exchange.packet())
         exchange.sent = True
-        while True:
-            packet = await _receive(sock)
-            if packet is None:
-                raise exchange.lost()
-            if exchange.feed(packet):
-                assert exchange.result is not None  # noqa: S101 (feed's promise)
-                return exchange.result
-    except (BrokenPipeError, ConnectionResetError) as error:
-        raise exchange.lost() from error
+    while (packet := await _receive(sock)) is not None:
+        if exchange.feed(packet):
+            assert exchange.result is not None  # noqa: S101 (feed's promise)
+            return exchange.result
+    raise exchange.lost()
 
 
 async def _cancel(sock: socket.socket) -> None:
@@ -192,3 +221,5 @@ async def _receive(sock: socket.socket) -> Packet | None:
             return protocol.receive(sock)
         except BlockingIOError:
             await readable(sock.fileno())
+        except ConnectionResetError:
+            return protocol.receive(sock)  # as in sandboxd.client

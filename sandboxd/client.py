@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import threading
 import warnings
@@ -31,6 +32,7 @@ __all__ = ["Sandbox", "parse_address", "ps"]
 
 CANCEL_SECONDS: Final = 2.0
 IDLE_CONNECTIONS: Final = 16
+INTERRUPT_MILLISECONDS: Final = 200
 
 
 def parse_address(address: str) -> str:
@@ -174,20 +176,25 @@ class Sandbox:
             on_stdout=on_stdout,
             on_stderr=on_stderr,
         )
-        sock, fresh = self._connection()
-        try:
-            result = self._drive(sock, exchange, fresh)
-        except SandboxError as error:
-            self._settle(sock, keep=not isinstance(error, ConnectionLost | ProtocolError))
-            self._check_open()
-            raise
-        except BaseException:
-            # KeyboardInterrupt, or a callback's own: the run is killed before it propagates.
-            _cancel(sock)
-            self._settle(sock, keep=False)
-            raise
-        self._settle(sock, keep=True)
-        return result
+        while True:
+            sock, fresh = self._connection()
+            try:
+                result = self._drive(sock, exchange, fresh)
+            except SandboxError as error:
+                self._settle(sock, keep=not isinstance(error, ConnectionLost | ProtocolError))
+                self._check_open()
+                if fresh or exchange.sent or not isinstance(error, ConnectionLost):
+                    raise
+                # An idle connection whose daemon was started anew meanwhile; the others are no better.
+                self._forget_idle()
+            except BaseException:
+                # KeyboardInterrupt, or a callback's own: the run is killed before it propagates.
+                _cancel(sock)
+                self._settle(sock, keep=False)
+                raise
+            else:
+                self._settle(sock, keep=True)
+                return result
 
     def _exchange(self, code: str | bytes, **arguments: Any) -> Exchange:
         """A checked request under this handle's policy and limits. Raises InvalidRequest, PolicyError, RuntimeError."""
@@ -197,7 +204,8 @@ class Sandbox:
         return Exchange(code, policy=self._policy, base_limits=self._limits, **arguments)
 
     def _drive(self, sock: socket.socket, exchange: Exchange, fresh: bool) -> Result:
-        try:
+        # When the other side has closed, what it said before is still there and may say why.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if fresh:
                 protocol.send(sock, protocol.hello())
             buffers, fd = exchange.packet()
@@ -207,15 +215,11 @@ class Sandbox:
             finally:
                 if fd >= 0:
                     os.close(fd)
-            while True:
-                packet = protocol.receive(sock)
-                if packet is None:
-                    raise exchange.lost()
-                if exchange.feed(packet):
-                    assert exchange.result is not None  # noqa: S101 (feed's promise)
-                    return exchange.result
-        except (BrokenPipeError, ConnectionResetError) as error:
-            raise exchange.lost() from error
+        while (packet := _receive(sock)) is not None:
+            if exchange.feed(packet):
+                assert exchange.result is not None  # noqa: S101 (feed's promise)
+                return exchange.result
+        raise exchange.lost()
 
     # Connections
 
@@ -235,23 +239,30 @@ class Sandbox:
             self._busy.add(sock)
         return sock, True
 
+    def _forget_idle(self) -> None:
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for sock in idle:
+            sock.close()
+
     @staticmethod
     def _greeted(sock: socket.socket) -> socket.socket:
         try:
-            protocol.send(sock, protocol.hello())
-            answer = protocol.receive(sock)
+            with contextlib.suppress(BrokenPipeError):  # one that turns clients away may have closed already
+                protocol.send(sock, protocol.hello())
+            answer = _receive(sock)
+            if answer is None:
+                raise ConnectionLost(False)
+            answer.close()
+            if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
+                raise from_plain(answer.message["error"])
+            if answer.message.get("op") != "hello":
+                raise ProtocolError("The daemon did not answer hello.")
         except BaseException as error:
             sock.close()
             if isinstance(error, OSError):
                 raise ConnectionLost(False) from error
             raise
-        if answer is None:
-            sock.close()
-            raise ConnectionLost(False)
-        answer.close()
-        if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
-            sock.close()
-            raise from_plain(answer.message["error"])
         return sock
 
     def _give_back(self, sock: socket.socket) -> None:
@@ -283,11 +294,9 @@ class Sandbox:
         if self._closed:
             return
         self._closed = True
+        self._forget_idle()
         with self._lock:
-            idle, self._idle = self._idle, []
             busy = list(self._busy)
-        for sock in idle:
-            sock.close()
         for sock in busy:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # its own thread closes it
@@ -322,6 +331,23 @@ class Sandbox:
     def __repr__(self) -> str:
         where = f"unix:{self._path}" if self._path else "embedded"
         return f"<Sandbox {where}{', closed' if self._closed else ''}>"
+
+
+def _receive(sock: socket.socket) -> protocol.Packet | None:
+    """The next packet, None at the end. Linux reports once that the other side closed without having read everything,
+    before it hands out what that side had sent.
+
+    Looks up now and then: a signal that comes between the interpreter's last look and the system call does not interrupt
+    it, and Ctrl-C would wait for the run's end.
+    """
+    waiting = select.poll()
+    waiting.register(sock, select.POLLIN)
+    while not waiting.poll(INTERRUPT_MILLISECONDS):
+        continue
+    try:
+        return protocol.receive(sock)
+    except ConnectionResetError:
+        return protocol.receive(sock)
 
 
 def _cancel(sock: socket.socket) -> None:

@@ -15,6 +15,7 @@ import grp
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -27,11 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sandboxd import protocol
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.engine.prepared import Prepared
-from sandboxd.errors import PolicyError, SandboxError, Unavailable
+from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 
 __all__ = ["Daemon", "DaemonConfig", "load_config", "main"]
 
@@ -40,7 +42,11 @@ log = logging.getLogger("sandboxd")
 SOCKET: Final = Path("/run/sandboxd/sandboxd.sock")
 CONFIG: Final = Path("/etc/sandboxd/sandboxd.toml")
 GROUP: Final = "sandboxd"
-CLIENTS_PER_UID: Final = 256
+CLIENTS_SHARE: Final = 4
+"""One uid may have this part of max_clients."""
+DESCRIPTORS_PER_RUN: Final = 32
+PAUSE_SECONDS: Final = 0.1
+CLOSE_SECONDS: Final = 2.0
 _ENGINE_KEYS: Final = ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "ids")
 _LATER: Final = ("pool", "audit")
 _UCRED: Final = struct.Struct("=iII")
@@ -113,6 +119,7 @@ class Daemon:
             try:
                 # The default policy, proved sealed, before anybody is let in.
                 await self._check_network(await self._policy(None))
+                self._allow_descriptors()
                 listener.listen(512)
                 listener.setblocking(False)
                 self._loop.add_reader(listener.fileno(), self._accept, listener)
@@ -120,11 +127,21 @@ class Daemon:
                 log.info("stopped by %s", await self._over)
             finally:
                 self._loop.remove_reader(listener.fileno())
-                await self._engine.close()
+                # The clients first: a run that the daemon's end kills has no result, its client gets ConnectionLost.
                 for task in list(self._clients):
                     task.cancel()
                 if self._clients:
-                    await asyncio.wait(self._clients, timeout=2)
+                    await asyncio.wait(self._clients, timeout=CLOSE_SECONDS)
+                await self._engine.close()
+
+    def _allow_descriptors(self) -> None:
+        """Room for every client's socket and every run's pipes; after the zygote was started, which needs none of it."""
+        engine = self._config.engine
+        wanted = 512 + 2 * engine.max_clients + DESCRIPTORS_PER_RUN * engine.running()
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
     def _stop(self, name: str) -> None:
         if not self._over.done():
@@ -144,13 +161,19 @@ class Daemon:
             raise Unavailable("self-test", None, fix, f"the cells' network namespace is not empty: {what}")
 
     async def _policy(self, name: str | None) -> Prepared:
-        """An installed policy by its name, in force. Files are read when first asked for, and again by a restart."""
-        from sandboxd.policy import find, load
+        """An installed policy by its name, in force: of policies_dir, then the shipped ones. Files are read when first
+        asked for, and again by a restart.
+        """
+        from sandboxd.policy import find, load, policies_dir
 
         chosen = name or self._config.default_policy
         if chosen not in self._plain:
-            directories = None if self._config.policies_dir is None else [self._config.policies_dir]
-            self._plain[chosen] = load(find(chosen, directories) if directories else find(chosen)).plain()
+            own = self._config.policies_dir
+            directories = None if own is None else [own, policies_dir()]
+            found = load(find(chosen, directories))
+            if found.name != chosen:
+                raise PolicyError(f"The file of the policy {chosen!r} names itself {found.name!r}.", key="name")
+            self._plain[chosen] = found.plain()
         return await self._engine.prepared(chosen, self._plain[chosen])
 
     def _accept(self, listener: socket.socket) -> None:
@@ -159,14 +182,23 @@ class Daemon:
         except BlockingIOError:
             return
         except OSError as error:
-            if error.errno not in (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
+            if error.errno == errno.ECONNABORTED:
+                return
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
                 raise
-            log.warning("a client could not be let in: %s", error)
+            # The listener stays readable: without a pause this would be called again at once.
+            log.warning("no client can be let in for a moment: %s", error)
+            self._loop.remove_reader(listener.fileno())
+            self._loop.call_later(PAUSE_SECONDS, self._listen_again, listener)
             return
         pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-        if len(self._clients) >= self._config.engine.max_clients or self._per_uid[uid] >= CLIENTS_PER_UID:
+        most = self._config.engine.max_clients
+        full = len(self._clients) >= most and uid != 0  # the operator gets in to look
+        if full or self._per_uid[uid] >= max(1, most // CLIENTS_SHARE):
             log.warning("client uid %d pid %d: turned away, too many connections", uid, pid)
-            sock.close()
+            with sock, contextlib.suppress(OSError):
+                sock.setblocking(False)
+                protocol.send(sock, {"op": "refused", "error": Busy(1.0).plain()})
             return
         sees_all = uid in (0, os.geteuid())
         connection = Connection(self._engine, sock, {"uid": uid, "pid": pid}, self._policy, sees_all)
@@ -174,6 +206,10 @@ class Daemon:
         self._clients.add(task)
         self._per_uid[uid] += 1
         task.add_done_callback(lambda done: self._left(done, uid))
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        if not self._over.done():
+            self._loop.add_reader(listener.fileno(), self._accept, listener)
 
     def _left(self, task: asyncio.Task[None], uid: int) -> None:
         self._clients.discard(task)
@@ -191,44 +227,61 @@ def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
     A socket that a dead daemon left is replaced; a living one keeps its place (the lock beside it tells them apart).
     """
     gid = _gid(group)
-    if not path.parent.is_dir():
-        path.parent.mkdir(mode=0o750, parents=True)
-        os.chmod(path.parent, 0o750)
-        os.chown(path.parent, 0, gid)
-    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(mode=0o750, parents=True)
+            os.chmod(path.parent, 0o750)
+            os.chown(path.parent, 0, gid)
+        lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise Unavailable("socket", error.errno, "choose another --socket, or run as root", f"{path}: {error}") from error
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The name may have gone with a daemon that ended just now; a lock on a nameless file excludes nobody.
-            ours = os.fstat(lock).st_ino == os.stat(f"{path}.lock").st_ino
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            fix = "connect to it, or give this one another --socket"
-            raise Unavailable("socket", errno.EADDRINUSE, fix, f"a daemon serves {path} already")
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISSOCK(os.lstat(path).st_mode):
-                raise Unavailable("socket", errno.EEXIST, "move it away", f"{path} is there and is no socket")
-            os.unlink(path)
-        before = os.umask(0o177)
-        try:
-            sock.bind(str(path))
-        finally:
-            os.umask(before)
-        os.chown(path, -1, gid)
-        os.chmod(path, 0o660)
+            _bind(sock, lock, path, gid)
+        except OSError as error:
+            fix = "choose another --socket, or run as root"
+            raise Unavailable("socket", error.errno, fix, f"{path}: {error}") from error
         try:
             yield sock
         finally:
             for name in (str(path), f"{path}.lock"):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(name)
-    except OSError as error:
-        raise Unavailable("socket", error.errno, "choose another --socket, or run as root", f"{path}: {error}") from error
     finally:
         sock.close()
         os.close(lock)
+
+
+def _bind(sock: socket.socket, lock: int, path: Path, gid: int) -> None:
+    """Take the name *path* for *sock*. Raises OSError, Unavailable."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # The name may have gone with a daemon that ended just now; a lock on a nameless file excludes nobody.
+        ours = os.fstat(lock).st_ino == os.stat(f"{path}.lock").st_ino
+    except (BlockingIOError, FileNotFoundError):
+        ours = False
+    if not ours:
+        fix = "connect to it, or give this one another --socket"
+        raise Unavailable("socket", errno.EADDRINUSE, fix, f"a daemon serves {path} already")
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise Unavailable("socket", errno.EEXIST, "move it away", f"{path} is there and is no socket")
+        os.unlink(path)
+    before = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(before)
+    # By descriptor: where others may write in the directory, the name could be a link to somewhere else by now.
+    bound = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(bound).st_mode):
+            raise Unavailable("socket", errno.EEXIST, "choose a directory of root's", f"{path} was replaced")
+        os.chown(f"/proc/self/fd/{bound}", -1, gid)
+        os.chmod(f"/proc/self/fd/{bound}", 0o660)
+    finally:
+        os.close(bound)
 
 
 def _gid(group: str | None) -> int:

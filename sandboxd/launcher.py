@@ -1,6 +1,6 @@
 """Start an engine for this program, and end it: the process behind an embedded Sandbox.
 
-Nothing of the caller's process is touched: no signal handler, no SIGCHLD (the engine has no exit signal), no umask, no
+Nothing of the caller's process is touched: no signal handler, no SIGCHLD (the engine is init's child), no umask, no
 cwd, no cgroup. The engine ends when its control socket closes or when this process is gone, whichever comes first.
 """
 
@@ -23,7 +23,6 @@ from sandboxd.errors import ProtocolError, Unavailable, from_plain
 __all__ = ["EngineProcess"]
 
 CLOSE_SECONDS: Final = 2.0
-_WALL: Final = 0x40000000  # __WALL, waitid(2): children without an exit signal too
 # asyncio takes ssl along when it is there; the engine speaks to nobody over a network, and it costs 15 ms and 4 MB.
 _MAIN: Final = (
     "import json, sys; sys.modules['ssl'] = None; sys.path += json.loads(sys.argv[1]); "
@@ -38,29 +37,27 @@ class EngineProcess:
         """Start it; it does nothing before ``configure``. Raises Unavailable."""
         if not sys.executable:
             raise Unavailable("engine", None, "run under a Python interpreter that knows its own path", "no sys.executable")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-        owner = -1
+        # -I: no PYTHON* variable, no current directory. What the caller imports from comes after the interpreter's own.
+        paths = [path for path in sys.path if os.path.isabs(path)]
+        paths.append(str(Path(__file__).resolve().parent.parent))
+        command = [sys.executable, "-I", "-c", _MAIN, json.dumps(paths)]
+        environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
         try:
-            owner = native.pidfd_open(os.getpid())
-            stderr = 2 if _is_open(2) else null
-            # -I: no PYTHON* variable, no current directory. What the caller imports from comes after the interpreter's own.
-            paths = [path for path in sys.path if os.path.isabs(path)]
-            paths.append(str(Path(__file__).resolve().parent.parent))
-            command = [sys.executable, "-I", "-c", _MAIN, json.dumps(paths)]
-            environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
-            self.pid, self._pidfd = native.launch(command, environment, [null, stderr, stderr, theirs.fileno(), owner])
-        except BaseException as error:
-            ours.close()
-            if isinstance(error, OSError):
-                fix = "raise the limits of processes and open files of this program"
-                raise Unavailable("engine", error.errno, fix, "the engine's process cannot be made") from error
-            raise
-        finally:
-            theirs.close()
-            os.close(null)
-            if owner >= 0:
-                os.close(owner)
+            with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
+                ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                undo.callback(ours.close)
+                given.callback(theirs.close)
+                null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+                given.callback(os.close, null)
+                owner = native.pidfd_open(os.getpid())
+                given.callback(os.close, owner)
+                stderr = 2 if _is_open(2) else null
+                fds = [null, stderr, stderr, theirs.fileno(), owner]
+                self.pid, self._pidfd = native.launch(command, environment, fds)
+                undo.pop_all()
+        except OSError as error:
+            fix = "raise the limits of processes and open files of this program"
+            raise Unavailable("engine", error.errno, fix, "the engine's process cannot be made") from error
         self._control: socket.socket | None = ours
 
     def configure(self, engine: dict[str, Any]) -> None:
@@ -121,7 +118,8 @@ class EngineProcess:
             native.pidfd_kill(self._pidfd, signal.SIGKILL)
             poller.poll(CLOSE_SECONDS * 1000)
         with contextlib.suppress(ChildProcessError):
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | _WALL)
+            # Ours only where this process is itself init, or has taken init's place as a subreaper.
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
         os.close(self._pidfd)
 
     def abandon(self) -> None:

@@ -61,7 +61,7 @@ def landlock_abi() -> int:
 def launch(arguments: Sequence[str], environment: dict[str, str], fds: Sequence[int]) -> tuple[int, int]:
     """Start a program in a session of its own, its descriptors *fds* as 0, 1, 2, ...; returns pid and pidfd.
 
-    The caller gets no SIGCHLD for it and its waits do not see it (os.waitid with __WALL on the pidfd does).
+    It is no child of the caller's but of init's: no SIGCHLD, and nothing for the caller's waits to see.
     """
     argv, keep_argv = c_strings(arguments)
     envp, keep_envp = c_strings([f"{name}={value}" for name, value in environment.items()])
@@ -83,8 +83,8 @@ def as_file_owner(uid: int, gid: int) -> Iterator[None]:
     Raises OSError. Source: setfsuid(2); capabilities that override permissions are dropped with the id.
     """
     before = os.geteuid(), os.getegid()
-    check(lib.sbx_file_ids(uid, gid), "setfsuid")
     try:
+        check(lib.sbx_file_ids(uid, gid), "setfsuid")
         yield
     finally:
         check(lib.sbx_file_ids(*before), "setfsuid")

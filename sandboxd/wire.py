@@ -178,9 +178,11 @@ def check_files(files: Iterable[tuple[object, object]]) -> tuple[tuple[str, int]
         checked[path] = size
     if len(checked) > FILES_MAX:
         raise InvalidRequest("files", f"{len(checked):,} files are too many; at most {FILES_MAX:,}")
-    for directory in _directories(checked):
-        if directory in checked:
-            raise InvalidRequest("files", f"{shown(directory)} is a file and the directory of another")
+    above = "\0"
+    for path in _in_tree_order(checked):
+        if path.startswith(above):
+            raise InvalidRequest("files", f"{shown(above[:-1])} is a file and the directory of another")
+        above = f"{path}/"
     return tuple(checked.items())
 
 
@@ -191,7 +193,7 @@ def check_inputs_fit(files: Iterable[tuple[str, int]], limits: Mapping[str, Limi
     """
     sizes = dict(files)
     size = sum(-(-size // _PAGE) * _PAGE for size in sizes.values())
-    inodes = len(sizes) + len(_directories(sizes))
+    inodes = len(sizes) + _count_directories(sizes)
     space, most = limits["workspace_bytes"], limits["workspace_files"]
     if space is not None and size > space:
         raise InvalidRequest("files", f"they take {size:,} bytes; limits.workspace_bytes is {space:,}")
@@ -199,15 +201,25 @@ def check_inputs_fit(files: Iterable[tuple[str, int]], limits: Mapping[str, Limi
         raise InvalidRequest("files", f"they are {inodes:,} with their directories; limits.workspace_files is {most:,}")
 
 
-def _directories(paths: Iterable[str]) -> set[str]:
-    found: set[str] = set()
-    for path in paths:
-        while "/" in path:
-            path = path.rpartition("/")[0]
-            if path in found:
-                break
-            found.add(path)
-    return found
+def _in_tree_order(paths: Iterable[str]) -> list[str]:
+    """Sorted so that what is below a path follows it: no character of a name comes before the slash."""
+    return [path.replace("\0", "/") for path in sorted(path.replace("/", "\0") for path in paths)]
+
+
+def _count_directories(paths: Iterable[str]) -> int:
+    """How many directories *paths* need. In tree order each adds those that it does not share with the one before:
+    keeping all of them would take a path's length squared.
+    """
+    count = 0
+    previous: list[str] = []
+    for path in _in_tree_order(paths):
+        parts = path.split("/")[:-1]
+        shared = 0
+        while shared < min(len(parts), len(previous)) and parts[shared] == previous[shared]:
+            shared += 1
+        count += len(parts) - shared
+        previous = parts
+    return count
 
 
 def _word(field: str, value: object) -> str:

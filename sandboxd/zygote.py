@@ -25,6 +25,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import signal
 import socket
@@ -45,6 +46,8 @@ from sandboxd.stages import Stage, unavailable
 from sandboxd.waiting import readable
 
 __all__ = ["CellProcess", "Init", "InitSizes", "Zygote", "ZygoteConfig", "ZygoteLost"]
+
+log = logging.getLogger("sandboxd.engine")
 
 _T = TypeVar("_T")
 
@@ -212,6 +215,8 @@ class Zygote:
             raise _not_preloaded(answer, config)
         if answer["threads"] != 1:
             raise unavailable(Stage.THREADS, 0)
+        if answer["kept"]:
+            log.warning("preloaded libraries keep descriptors open, which no cell inherits: %s", ", ".join(answer["kept"]))
         self.landlock_abi = int(answer["landlock_abi"])
         self.version = tuple(answer["version"])
         if self.landlock_abi < config.landlock_abi:

@@ -48,7 +48,16 @@ ZYGOTE_PID: Final = 30011  # native/nursery.c
 Role = Literal["worker", "engine", "nursery", "zygote", "init", "cell"]
 Kind = Literal["refuse", "lie", "kill"]
 
-PRCTL: Final = {4: "dumpable", 15: "name", 23: "capbset", 24: "bounding", 38: "nnp", 39: "nnp?", 40: "tid", 47: "ambient"}
+PRCTL: Final = {
+    4: "dumpable",
+    15: "name",
+    23: "capbset",
+    24: "bounding",
+    38: "nnp",
+    39: "nnp?",
+    40: "tid",
+    47: "ambient",
+}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ class Process:
     name: str
 
     def __str__(self) -> str:
-        return f"{self.name}[{self.pid}] {self.state}, child of {self.parent}"
+        # Not the state and not the parent: both may differ between two looks at the same process.
+        return f"{self.name}[{self.pid}], started {self.started}"
 
 
 def process(pid: int) -> Process | None:

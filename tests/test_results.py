@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox, protocol
-from sandboxd.exchange import hello
+
 
 PROMISED = [
     "id", "status", "exit_code", "signal", "stdout", "stderr", "stdout_dropped_bytes", "stderr_dropped_bytes", "error",
@@ -34,7 +34,7 @@ def live_runs(sandbox: Sandbox) -> list[Any]:
     sock, fresh = sandbox._connection()
     try:
         if fresh:
-            protocol.send(sock, hello())
+            protocol.send(sock, protocol.hello())
         protocol.send(sock, {"op": "ps"})
         while True:
             packet = protocol.receive(sock)
@@ -143,7 +143,6 @@ def test_a_repr_that_raises_is_an_error_of_its_line(sandbox: Sandbox) -> None:
     assert (result.status, result.stdout, result.results) == ("error", "before\n", [])
     assert result.error is not None
     assert (result.error.type, result.error.line) == ("AttributeError", 3)
-    assert "line 5, in <module>" in result.error.traceback
 
 
 def test_a_repr_is_under_the_limits(sandbox: Sandbox) -> None:
@@ -197,11 +196,11 @@ def test_a_large_input_file(sandbox: Sandbox) -> None:
     assert result.files == []
 
 
-def test_a_thousand_input_files(sandbox: Sandbox) -> None:
-    files = {f"d{n % 10}/f{n}": str(n) for n in range(1000)}
+def test_as_many_input_files_as_are_allowed(sandbox: Sandbox) -> None:
+    files = {f"d{n % 10}/f{n}": str(n) for n in range(4086)}
     code = "import os; print(sum(int(open(os.path.join(d, f)).read()) for d, _, fs in os.walk('.') for f in fs))"
     result = sandbox.run(code, files=files)
-    assert (result.stdout, result.files) == (f"{sum(range(1000))}\n", [])
+    assert (result.stdout, result.files) == (f"{sum(range(4086))}\n", [])
 
 
 def test_inputs_count_in_the_workspace(sandbox: Sandbox) -> None:
@@ -334,7 +333,7 @@ def test_files_with_much_output(sandbox: Sandbox) -> None:
 def test_a_run_may_narrow_its_limits(sandbox: Sandbox) -> None:
     code = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_FSIZE))"
     assert sandbox.run(code, limits=Limits(open_files=20, file_bytes=1000)).stdout == "(20, 20) (1000, 1000)\n"
-    assert sandbox.run(code).stdout == f"(256, 256) ({64 << 20}, {64 << 20})\n"
+    assert sandbox.run(code).stdout == f"(256, 256) ({512 << 20}, {512 << 20})\n"
 
 
 WIDER: list[tuple[str, Any, str]] = [
@@ -346,7 +345,7 @@ WIDER: list[tuple[str, Any, str]] = [
     ("workspace_bytes", 65 << 20, "64M"),
     ("workspace_files", 4097, "4096"),
     ("open_files", 257, "256"),
-    ("file_bytes", (64 << 20) + 1, "64M"),
+    ("file_bytes", (512 << 20) + 1, "512M"),
     ("output_bytes", 2 << 20, "1M"),
     ("output_stop_bytes", "unlimited", "8M"),
     ("queue_seconds", 31, "30"),

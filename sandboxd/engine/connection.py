@@ -1,27 +1,34 @@
 """One client's connection to an engine: packets in, answers out, one request at a time.
 
 Runs in the engine. The peer may be anybody who may open the socket: every packet is parsed strictly, every state has a
-deadline, a slow reader stops only its own run's output and is dropped when it stays slow.
+deadline. A slow reader holds back only its own run's output, the end of that run waits for nobody, and who takes
+nothing for SEND_SECONDS is dropped and its run killed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
+import re
 import socket
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from sandboxd import protocol
 from sandboxd.engine.core import Engine
+from sandboxd.engine.life import State
 from sandboxd.engine.prepared import Prepared
 from sandboxd.engine.run import CellRun
-from sandboxd.errors import ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
+from sandboxd.engine.workspace import Collected
+from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
+from sandboxd.limits import shown
 from sandboxd.protocol import Packet
 from sandboxd.waiting import readable, writable
-from sandboxd.wire import parse_header
+from sandboxd.wire import Run, parse_header
 
 __all__ = ["Connection"]
 
@@ -29,10 +36,19 @@ log = logging.getLogger("sandboxd.engine")
 
 HELLO_SECONDS: Final = 10.0
 SEND_SECONDS: Final = 30.0
+BACKLOG_BYTES: Final = 256 << 10
+"""Output that waits for a slow reader; beyond it the program's pipes are not read."""
+_LOOK_SECONDS: Final = 0.25
+_SHOWN_KEYS: Final = 8
+_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
 
 Policies = Callable[[str | None], Awaitable[Prepared]]
 """The policy of a name, in force; None is the engine's own default. Raises PolicyError, Unavailable."""
+
+
+class _Gone(Exception):
+    """The client left, or takes nothing any more."""
 
 
 class Connection:
@@ -48,6 +64,10 @@ class Connection:
         self._sees_all = sees_all
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
+        self._backlog: deque[tuple[int, bytes]] = deque()
+        self._backlog_bytes = 0
+        self._flusher: asyncio.Task[None] | None = None
+        self._lost = False
         sock.setblocking(False)
 
     async def serve(self) -> None:
@@ -67,10 +87,10 @@ class Connection:
             log.info("client %s: too slow; dropped", self._client)
         except ProtocolError as error:
             log.info("client %s: %s", self._client, error)
-            with contextlib.suppress(OSError, TimeoutError):
+            with contextlib.suppress(_Gone):
                 await self._refuse(error)
-        except (ConnectionLost, OSError) as error:
-            log.debug("client %s: %s", self._client, error)
+        except (_Gone, OSError) as error:
+            log.debug("client %s: left: %s", self._client, error)
         finally:
             self._sock.close()
 
@@ -85,7 +105,7 @@ class Connection:
             elif operation == "cancel":
                 return  # it crossed with the result of the run that it meant
             else:
-                raise ProtocolError(f"There is no request {str(operation)[:40]!r}.")
+                raise ProtocolError(f"There is no request {shown(operation)}.")
         finally:
             packet.close()
 
@@ -96,25 +116,40 @@ class Connection:
         message = packet.message
         if set(message) != _RUN_KEYS or not isinstance(message["run"], dict):
             # Also what an older or a curious client would like to send along: an interpreter, a path, a policy's text.
-            odd = ", ".join(sorted(str(key)[:40] for key in set(message) ^ _RUN_KEYS))
-            await self._refuse(PolicyError(f"A run names an installed policy and nothing more of it; not: {odd or 'run'}."))
+            odd = sorted(repr(key[:40]) for key in set(message) ^ _RUN_KEYS)
+            what = ", ".join([*odd[:_SHOWN_KEYS], *(["..."] if len(odd) > _SHOWN_KEYS else [])]) or "a run that is none"
+            await self._refuse(PolicyError(f"A run names an installed policy and nothing more of it; not: {what}."))
             return
         name = message["policy"]
-        if name is not None and not isinstance(name, str):
-            await self._refuse(PolicyError("A policy is asked for by name."))
+        if name is not None and not (isinstance(name, str) and _NAME.fullmatch(name)):
+            await self._refuse(
+                PolicyError(f"A policy is asked for by its name, which {shown(name)} is not.", key="policy")
+            )
             return
         try:
-            request = parse_header(message["run"], packet.take_bytes())
-        except (PolicyError, InvalidRequest) as error:
+            # Who sees all is the operator; of anybody else only so much stays in the engine's memory at a time.
+            who = None if self._sees_all else self._client.get("uid")
+            with self._engine.hold(who, packet.text_bytes + _code_bytes(message["run"])):
+                request = parse_header(message["run"], packet.take_bytes())
+                packet.message = message = {}
+                await self._execute(name, request)
+        except (PolicyError, InvalidRequest, Busy) as error:
             await self._refuse(error)
-            return
+
+    async def _execute(self, name: str | None, request: Run) -> None:
+        """Run *request* and answer, with an eye on the client: when it speaks or leaves, the run ends."""
+        self._lost = False
+        self._backlog.clear()
+        self._backlog_bytes = 0
         started: list[CellRun] = []
-        emit = self._emit if request.stream else None
+
+        async def emit(stream: int, data: bytes) -> None:
+            await self._emit(started[0], stream, data)
 
         async def execute() -> None:
             prepared = await self._policies(name)
             header, texts, files = await self._engine.run(
-                prepared, request, self._client, emit, started.append, self._notice
+                prepared, request, self._client, emit if request.stream else None, started.append, self._notice
             )
             try:
                 await self._send_result(header, texts, files)
@@ -133,15 +168,17 @@ class Connection:
             except SandboxError as error:
                 await self._refuse(error)
             except OSError as error:
-                if not gone:
-                    log.exception("a run failed")
-                    await self._refuse(Unavailable("engine", error.errno, "look at the engine's log", str(error)))
+                log.exception("a run failed")
+                await self._refuse(Unavailable("engine", error.errno, "look at the engine's log", str(error)))
             if gone:
-                raise ConnectionLost(True)
+                raise _Gone("in the middle of its run")
         finally:
+            if self._flusher is not None and not self._flusher.done():
+                self._lost = True
+                self._flusher.cancel()
             if not task.done():
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError):
+                with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError, _Gone):
                     await task
             if not watch.done():
                 watch.cancel()
@@ -160,40 +197,68 @@ class Connection:
         if packet is not None:
             gone = packet.message.get("op") != "cancel"
             packet.close()
-        if started and started[0].slot is not None:
-            started[0].cancel()
-        else:
-            task.cancel()  # still queued, or its policy is being made ready
-            with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError):
-                await task
-            if not gone:
-                await self._refuse(ConnectionLost(False))
-            raise ConnectionLost(False)
-        return gone
+        if started and started[0].life.state is not State.QUEUED:
+            started[0].cancel()  # without effect when only its result is left to be sent
+            return gone
+        task.cancel()  # still queued, or its policy is being made ready
+        with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError):
+            await task
+        if not gone:
+            await self._refuse(ConnectionLost(False))
+        raise _Gone("before its run began")
 
     # Packets
 
-    async def _emit(self, stream: int, data: bytes) -> None:
-        for start in range(0, len(data), protocol.INLINE_BYTES // 2):
-            await self._send({"op": "output", "stream": stream}, [data[start : start + protocol.INLINE_BYTES // 2]])
+    async def _emit(self, run: CellRun, stream: int, data: bytes) -> None:
+        """Take output to be sent; waits while there is too much of it, but only as long as *run*'s program runs."""
+        if self._lost:
+            return
+        self._backlog.append((stream, data))
+        self._backlog_bytes += len(data)
+        if self._flusher is None or self._flusher.done():
+            self._flusher = self._loop.create_task(self._flush(run))
+        while self._backlog_bytes > BACKLOG_BYTES and not self._lost and run.life.state is State.RUNNING:
+            await asyncio.wait({self._flusher}, timeout=_LOOK_SECONDS)
+
+    async def _flush(self, run: CellRun) -> None:
+        try:
+            while self._backlog:
+                stream, data = self._backlog[0]
+                for start in range(0, len(data), protocol.INLINE_BYTES // 2):
+                    part = data[start : start + protocol.INLINE_BYTES // 2]
+                    await self._send({"op": "output", "stream": stream}, [part])
+                self._backlog.popleft()
+                self._backlog_bytes -= len(data)
+        except _Gone:
+            self._lost = True
+            run.cancel()
 
     async def _notice(self, what: str) -> None:
         await self._send({"op": what})
 
-    async def _send_result(self, header: dict[str, Any], texts: list[bytes], files: Any) -> None:
+    async def _send_result(self, header: dict[str, Any], texts: list[bytes], files: Collected) -> None:
+        if self._flusher is not None:
+            await self._flusher
+        if self._lost:
+            raise _Gone("it took no output")
         message = {"op": "result", "result": header}
         if files.fd < 0:
             await self._send(message, texts)
             return
         # The files are in a memfd already; the texts go behind them, and the offsets follow.
         fd = files.take()
-        size = os.fstat(fd).st_size
-        lead = len(texts[0]) + len(texts[1])
-        header["stdout"][0] += size
-        header["stderr"][0] += size
-        for entry in header["files"]:
-            entry["offset"] -= lead
-        os.pwrite(fd, texts[0] + texts[1], size)
+        try:
+            size = os.fstat(fd).st_size
+            lead = len(texts[0]) + len(texts[1])
+            header["stdout"][0] += size
+            header["stderr"][0] += size
+            _shorten(header)
+            for entry in header["files"]:
+                entry["offset"] -= lead
+            os.pwrite(fd, texts[0] + texts[1], size)
+        except BaseException:
+            os.close(fd)
+            raise
         await self._deliver(*protocol.pack(message, filled=fd))
 
     async def _refuse(self, error: SandboxError) -> None:
@@ -203,7 +268,9 @@ class Connection:
         await self._deliver(*protocol.pack(message, payload or []))
 
     async def _deliver(self, buffers: list[Any], fd: int) -> None:
-        """Send one packet; waits while the peer's queue is full, and gives the peer up after SEND_SECONDS."""
+        """Send one packet; waits while the peer's queue is full. Raises _Gone when it is full for SEND_SECONDS, or the
+        peer has closed.
+        """
         try:
             async with self._sending, asyncio.timeout(SEND_SECONDS):
                 while True:
@@ -212,6 +279,11 @@ class Connection:
                         return
                     except BlockingIOError:
                         await writable(self._sock.fileno())
+        except TimeoutError:
+            log.info("client %s: takes nothing; dropped", self._client)
+            raise _Gone("too slow") from None
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise _Gone(str(error)) from None
         finally:
             if fd >= 0:
                 os.close(fd)
@@ -222,3 +294,21 @@ class Connection:
                 return protocol.receive(self._sock)
             except BlockingIOError:
                 await readable(self._sock.fileno())
+
+
+def _code_bytes(run: dict[str, Any]) -> int:
+    """How long the source text is said to be; ``parse_header`` checks that it is true."""
+    size = run.get("code_bytes")
+    return size if type(size) is int and size > 0 else 0
+
+
+def _shorten(header: dict[str, Any]) -> None:
+    """Leave out the last files when their names, which the program chose, are more than a message can hold."""
+    room = protocol.JSON_BYTES // 2
+    files = header["files"]
+    for index, entry in enumerate(files):
+        room -= len(json.dumps(entry))
+        if room < 0:
+            header["files_skipped"] += len(files) - index
+            del files[index:]
+            return

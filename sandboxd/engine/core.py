@@ -14,8 +14,8 @@ import os
 import resource
 import secrets
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 from sandboxd import cgroup, ids, native, seccomp
@@ -37,6 +37,8 @@ log = logging.getLogger("sandboxd.engine")
 
 RESTART_SECONDS: Final = 1.0
 """How long a policy that could not be brought into force answers with the same error before it is tried again."""
+HELD_BYTES: Final = 64 << 20
+"""Source texts and JSON of one uid's requests, waiting or running; in Python's objects they take several times as much."""
 SPARE_SLOTS: Final = 64
 """Slots beyond max_running: a run that is dying slowly keeps its own."""
 
@@ -58,6 +60,7 @@ class Engine:
         self._preparing: dict[str, asyncio.Task[Prepared]] = {}
         self._running = 0
         self._queued = 0
+        self._held: Counter[object] = Counter()
         # By the uid that asked, in the order in which the uids are served.
         self._waiting: dict[object, deque[asyncio.Future[None]]] = {}
         self._undo = contextlib.ExitStack()
@@ -158,7 +161,8 @@ class Engine:
                 "self-test", None, "look at what it says, and at sandboxd doctor",
                 f"the first cell ended with {header['status']}: {texts[1].decode('utf-8', 'replace')[-500:]}",
             )
-        selftest.verify(texts[0].decode("utf-8", "replace"), self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0)))
+        guest = self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0))
+        selftest.verify(texts[0].decode("utf-8", "replace"), guest, made.zygote.landlock_abi)
 
     # Runs
 
@@ -197,6 +201,24 @@ class Engine:
             return answer
         finally:
             del self.live[identity], self.owners[identity]
+
+    @contextlib.contextmanager
+    def hold(self, who: object, size_bytes: int) -> Iterator[None]:
+        """Count a request of *size_bytes* among what *who* has in the engine's memory; None is not counted. Raises Busy
+        when it is more than HELD_BYTES with the others.
+        """
+        if who is None:
+            yield
+            return
+        if self._held[who] and self._held[who] + size_bytes > HELD_BYTES:
+            raise Busy(1.0)
+        self._held[who] += size_bytes
+        try:
+            yield
+        finally:
+            self._held[who] -= size_bytes
+            if not self._held[who]:
+                del self._held[who]
 
     async def _admit(
         self, who: object, wait_seconds: float | None, notice: Callable[[str], Awaitable[None]] | None

@@ -170,10 +170,10 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
     if status == "timeout":
         hit("wall_seconds", "clock", f"{seen.run_seconds:.3f} s since the program's start")
     counters = seen.counters
+    if status == "cpu" or seen.cause == "cpu":
+        used = "" if counters is None else f"{counters.cpu_usec / 1e6:.3f} s of "
+        hit("cpu_seconds", "cgroup" if seen.cause == "cpu" else "wait", f"{used}CPU time, children included")
     if counters is not None:
-        used = f"{counters.cpu_usec / 1e6:.3f} s of CPU time, children included"
-        if status == "cpu" or seen.cause == "cpu":
-            hit("cpu_seconds", "cgroup" if seen.cause == "cpu" else "wait", used)
         if counters.oom_kills and counters.memory_limit_hits:
             hit(
                 "memory_bytes",

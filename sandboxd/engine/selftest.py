@@ -6,6 +6,7 @@ there although every call that should have raised it succeeded: then nothing is 
 
 from __future__ import annotations
 
+import errno
 import json
 from typing import Any, Final
 
@@ -13,8 +14,10 @@ from sandboxd.errors import Unavailable
 
 __all__ = ["PROGRAM", "verify"]
 
+_IOCTL_ABI: Final = 5
+
 PROGRAM: Final = r'''
-import ctypes, json, os
+import ctypes, json, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 
 def call(*arguments):
@@ -28,6 +31,7 @@ def opened(path, flags):
     except OSError as error:
         return error.errno
 
+null = os.open("/dev/null", os.O_RDONLY)
 status = {}
 for line in open("/proc/self/status"):
     key, _, value = line.partition(":")
@@ -52,8 +56,10 @@ facts = {
     "uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups(), "pid": os.getpid(), "session": os.getsid(0),
     "cgroup": sorted({line.rstrip("\n").split(":", 2)[2] for line in open("/proc/self/cgroup")}),
     "caps": [status[key] for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")],
+    "writable": [path for path in ("/", "/usr", sys.prefix, sys.base_prefix) if os.statvfs(path).f_flag & 3 != 3],
+    "device-ioctl": call(16, null, 0x5401, ctypes.create_string_buffer(64)),
     "nnp": status["NoNewPrivs"], "seccomp": status["Seccomp"],
-    "fds": sorted(int(name) for name in os.listdir("/proc/self/fd"))[:-1],
+    "fds": sorted(int(name) for name in os.listdir("/proc/self/fd") if int(name) != null)[:-1],
     "links": [line.split(":")[0].strip() for line in open("/proc/self/net/dev").readlines()[2:]],
     "routes": len(open("/proc/self/net/route").readlines()[1:]),
     "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
@@ -62,8 +68,11 @@ print(json.dumps([seen, facts]))
 '''
 
 
-def verify(stdout: str, guest_uid: int) -> None:
-    """Check what the program saw. Raises Unavailable (stage ``self-test``) that names every wall that did not hold."""
+def verify(stdout: str, guest_uid: int, landlock_abi: int) -> None:
+    """Check what the program saw in a cell of *guest_uid* under *landlock_abi*.
+
+    Raises Unavailable (stage ``self-test``) that names every wall that did not hold.
+    """
     try:
         seen, facts = json.loads(stdout)
     except ValueError:
@@ -74,6 +83,7 @@ def verify(stdout: str, guest_uid: int) -> None:
         "groups": [],
         "cgroup": ["/"],
         "caps": ["0000000000000000"] * 5,
+        "writable": [],
         "nnp": "1",
         "seccomp": "2",
         "fds": [0, 1, 2, 3],
@@ -82,6 +92,9 @@ def verify(stdout: str, guest_uid: int) -> None:
     }
     broken = [f"{name} was possible" for name, number in seen.items() if number == 0]
     broken += [f"{key} is {facts.get(key)!r}, not {value!r}" for key, value in held.items() if facts.get(key) != value]
+    # Where the filter lets it pass, Landlock alone refuses it; without it, it is no terminal.
+    if landlock_abi >= _IOCTL_ABI and facts.get("device-ioctl") in (0, errno.ENOTTY, None):
+        broken.append("Landlock does not hold")
     if facts.get("pid") == 1 or facts.get("session") != facts.get("pid"):
         broken.append("the program is pid 1 or not the leader of its session")
     if any(number not in (facts.get("pid"),) for number in facts.get("processes", [0])):

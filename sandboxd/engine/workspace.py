@@ -23,6 +23,7 @@ DEPTH: Final = 64
 ENTRIES: Final = 100_000
 NAMES_BYTES: Final = 4 << 20
 _COPY: Final = 8 << 20
+_EMPTY_BYTES: Final = 2 * 20
 
 Known = dict[str, tuple[int, int]]
 """Inode and ctime in ns of each input file. A program can set mtime, but not ctime."""
@@ -86,12 +87,12 @@ def usage(workspace: int) -> tuple[int, int]:
 
 def is_untouched(workspace: int, known: Known) -> bool:
     """Whether nothing was put there and the program made nothing: no file to look for. Only the root's link count and
-    size are asked, which tmpfs keeps: 2 links and 0 bytes of names.
+    size are asked, which tmpfs keeps: 2 links, and 20 bytes for each name, "." and ".." included (mm/shmem.c).
     """
     if known:
         return False
     root = os.stat(".", dir_fd=workspace)
-    return root.st_nlink == 2 and root.st_size == 0
+    return root.st_nlink == 2 and root.st_size == _EMPTY_BYTES
 
 
 def collect(workspace: int, known: Known, most_bytes: int) -> Collected:

@@ -131,7 +131,8 @@ class Program:
         self.exit_code = 0
         self.error: dict[str, object] | None = None
         self.results: list[dict[str, str]] = []
-        module = types.ModuleType("__main__")
+        self.last_loaded = next(reversed(sys.modules))
+        module = self.module = types.ModuleType("__main__")
         module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None, __annotations__={})
         sys.modules["__main__"] = module
         self.names = module.__dict__
@@ -237,7 +238,13 @@ class Program:
                     except Exception:
                         continue
             return
-        for module in list(sys.modules.values()):
+        # sys.modules keeps the order of insertion. Looking at all that the zygote loaded would touch, and so copy, each.
+        own = [self.module]
+        for name in reversed(sys.modules):
+            if name == self.last_loaded:
+                break
+            own.append(sys.modules[name])
+        for module in own:
             names = module.__dict__ if type(module) is types.ModuleType else {}
             path = names.get("__file__")
             if type(path) is str and path.startswith(USER_DIRECTORIES):

@@ -37,6 +37,26 @@ def preload(names: list[str], warmup: str) -> None:
         os._exit(1)
 
 
+def let_go() -> list[str]:
+    """Have libraries give up what a cell cannot inherit; what other descriptors remain, as link texts.
+
+    matplotlib keeps fonts with their files open, and drops them by an at-fork hook: in a cell, where the descriptors are
+    closed already, that costs a millisecond and prints an error for each.
+    """
+    fonts = sys.modules.get("matplotlib.font_manager")
+    if fonts is not None:
+        fonts._get_font.cache_clear()
+    gc.collect()
+    kept = []
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if fd > ENGINE:
+                kept.append(os.readlink(f"/proc/self/fd/{fd}"))
+        except FileNotFoundError:
+            continue  # the listing's own
+    return kept
+
+
 def renew_stdin() -> None:
     """Make ``sys.stdin`` while descriptor 0 is a pipe, as it will be in a cell: whether a file can seek is asked once."""
     read, write = os.pipe()
@@ -64,9 +84,9 @@ def main() -> bool:
         del sys.modules[name]
     threads = len(os.listdir("/proc/self/task"))
     landlock_abi = _cell.prepare(filter_program, config["walls_down"])
-    gc.collect()
+    kept = let_go()
     gc.freeze()  # last: what lives now is shared by all cells, and their collector leaves its pages alone
-    say({"ok": True, "landlock_abi": landlock_abi, "threads": threads, "version": list(sys.version_info[:3])})
+    say({"ok": True, "landlock_abi": landlock_abi, "threads": threads, "kept": kept, "version": list(sys.version_info[:3])})
     return _cell.serve(ENGINE)
 
 

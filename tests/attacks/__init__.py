@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.attacks import channels, files, host, identity, kernel, mounts, namespaces, network, processes
+from tests.attacks import files, host, identity, kernel, mounts, namespaces, network, processes
 from tests.attacks.base import Attack
 
 ATTACKS: tuple[Attack, ...] = (
@@ -14,7 +14,6 @@ ATTACKS: tuple[Attack, ...] = (
     *kernel.ATTACKS,
     *processes.ATTACKS,
     *host.ATTACKS,
-    *channels.ATTACKS,
 )
 
 __all__ = ["ATTACKS", "Attack"]

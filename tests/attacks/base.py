@@ -1,19 +1,22 @@
 """One row of the attack table, and how its code is run in a cell.
 
-The code is the body of a function. What it ends with is the row's outcome, one word on the last line of stdout: ``done``
-when it comes to its end, the errno's name for an OSError, the text of a ``Refused``. A run that dies has its status as
-its outcome (``denied``: killed by the filter).
+The code is the body of a function. What it ends with is the row's outcome, one word on the last line of stdout:
+``done`` when it comes to its end, the errno's name for an OSError, the text of a ``Refused``. A run that dies has its
+status as its outcome (``denied``: killed by the filter).
 """
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sandboxd import Limits, Result, Sandbox
 from sandboxd.syscalls import NUMBERS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Attack", "outcome", "program"]
 
@@ -23,8 +26,8 @@ class Attack:
     """*tries* is what is tried by *code*; *refusal* the outcome with every wall up.
 
     *alone* maps each wall that stops it on its own, all others down, to its refusal. With every wall down the outcome
-    is one of *opens*: else the row would prove nothing. ``done``, or the errno by which the kernel shows that a harmless
-    wrong argument reached it. One of *absent* there means that this kernel or its configuration has no such thing.
+    is one of *opens*: else the row would prove nothing. That is ``done``, or the errno by which the kernel shows that a
+    harmless wrong argument reached it. One of *absent* means that this kernel or its configuration has no such thing.
 
     Where no wall can be taken down to prove it, *alone* is empty and *why* says what stops it, or why it is not tried.
     """
@@ -49,6 +52,7 @@ import ctypes, errno, fcntl, mmap, os, signal, socket, stat, struct, sys, time
 _libc = ctypes.CDLL(None, use_errno=True)
 BAIT = os.environ.get("BAIT", "")
 NUMBERS = {numbers}
+SCRATCH = ctypes.create_string_buffer(4096)
 
 class Refused(Exception):
     pass

@@ -6,22 +6,47 @@ EBADF means that the call was reached, the filter's errno that it was not.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tests.attacks.base import Attack
 
-_FILTER = {"seccomp": "EPERM"}
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # name: (what, arguments, refusal, what the kernel says itself, words for "not there")
 _CALLS: dict[str, tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = {
     "bpf": ("load a program into the kernel", "0, 8, 48", "EPERM", ("EFAULT",), ("ENOSYS", "EPERM")),
     "userfaultfd": ("answer page faults in user space", "1", "EPERM", ("done",), ("ENOSYS", "EPERM")),
     "perf_event_open": ("count events", "8, 0, -1, -1, 0", "EPERM", ("EFAULT",), ("ENOSYS",)),
-    "io_uring_setup": ("operations that pass by the filter", "1, ctypes.create_string_buffer(120)", "ENOSYS", ("done",), ("ENOSYS", "EPERM")),
-    "io_uring_enter": ("operations that pass by the filter", "-1, 1, 0, 0, 0, 0", "ENOSYS", ("EBADF",), ("ENOSYS", "EPERM")),
-    "io_uring_register": ("operations that pass by the filter", "-2, 0, 0, 0", "ENOSYS", ("EBADF", "EINVAL"), ("ENOSYS", "EPERM")),
+    "io_uring_setup": (
+        "operations that pass by the filter",
+        "1, ctypes.create_string_buffer(120)",
+        "ENOSYS",
+        ("done",),
+        ("ENOSYS", "EPERM"),
+    ),
+    "io_uring_enter": (
+        "operations that pass by the filter",
+        "-1, 1, 0, 0, 0, 0",
+        "ENOSYS",
+        ("EBADF",),
+        ("ENOSYS", "EPERM"),
+    ),
+    "io_uring_register": (
+        "operations that pass by the filter",
+        "-2, 0, 0, 0",
+        "ENOSYS",
+        ("EBADF", "EINVAL"),
+        ("ENOSYS", "EPERM"),
+    ),
     "fanotify_init": ("watch whole file systems", "0x200, 0", "EPERM", ("done",), ("ENOSYS", "EPERM")),
-    "fanotify_mark": ("watch whole file systems", "-1, 1, 1, -100, 8", "EPERM", ("EBADF", "EINVAL", "EFAULT"), ("ENOSYS",)),
+    "fanotify_mark": (
+        "watch whole file systems",
+        "-1, 1, 1, -100, 8",
+        "EPERM",
+        ("EBADF", "EINVAL", "EFAULT"),
+        ("ENOSYS",),
+    ),
     "memfd_secret": ("memory hidden from the kernel", "0", "EPERM", ("done",), ("ENOSYS",)),
     "vmsplice": ("pages gifted to a pipe", "-1, 0, 0, 0", "EPERM", ("EBADF",), ()),
     "remap_file_pages": ("non-linear mappings", "1, 0, 0, 0, 0", "EPERM", ("EINVAL",), ("ENOSYS",)),
@@ -33,7 +58,13 @@ _CALLS: dict[str, tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = {
     "io_setup": ("asynchronous I/O", "0, 8", "EPERM", ("EFAULT", "EINVAL"), ("ENOSYS",)),
     "io_submit": ("asynchronous I/O", "0, 1, 8", "EPERM", ("EINVAL",), ("ENOSYS",)),
     "lookup_dcookie": ("a path by its cookie", "1, 8, 8", "EPERM", ("EINVAL", "EPERM"), ("ENOSYS", "EPERM")),
-    "add_key": ("keep a key, which is in no namespace", 'b"user", b"sandboxd", b"x", 1, -2', "EPERM", ("done",), ("ENOSYS",)),
+    "add_key": (
+        "keep a key, which is in no namespace",
+        'b"user", b"sandboxd", b"x", 1, -2',
+        "EPERM",
+        ("done",),
+        ("ENOSYS",),
+    ),
     "keyctl": ("ask for a keyring", "0, -3, 1", "EPERM", ("done",), ("ENOSYS",)),
     "request_key": ("look a key up", 'b"user", b"sandboxd", 0, 0', "EPERM", ("ENOKEY",), ("ENOSYS",)),
     "shmget": ("a System V segment", "0, 4096, 0o1600", "EPERM", ("done",), ("ENOSYS",)),
@@ -55,11 +86,15 @@ _CALLS: dict[str, tuple[str, str, str, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+_ALSO = {"mq_open": {"rlimits": "EMFILE", "landlock": "EACCES"}}
+"""Walls beside the filter that stop the call alone."""
+
+
 def _calls() -> Iterator[Attack]:
     for name, (what, arguments, refusal, opens, absent) in _CALLS.items():
-        missing = tuple(word for word in absent if word != refusal) or ()
         code = f'call("{name}", {arguments})'
-        yield Attack(f"call-{name}", what, code, refusal, {"seccomp": refusal}, opens=opens, absent=absent or missing)
+        walls = {"seccomp": refusal, **_ALSO.get(name, {})}
+        yield Attack(f"call-{name}", what, code, refusal, walls, opens=opens, absent=absent)
 
 
 _I386 = """
@@ -104,7 +139,13 @@ def _ioctls() -> Iterator[Attack]:
             # A pipe has no terminal's ioctl: the kernel's own ENOTTY shows that it was reached.
             code = f'call("ioctl", 0, {number | bits:#x}, b"x")'
             if refusal == "ENOTTY":
-                yield Attack(f"ioctl-{name}{suffix}", what, code, refusal, why="there is no terminal, so the kernel says the same")
+                yield Attack(
+                    f"ioctl-{name}{suffix}",
+                    what,
+                    code,
+                    refusal,
+                    why="there is no terminal, so the kernel says the same",
+                )
             else:
                 yield Attack(f"ioctl-{name}{suffix}", what, code, refusal, {"seccomp": refusal}, opens=("ENOTTY",))
 
@@ -112,29 +153,72 @@ def _ioctls() -> Iterator[Attack]:
 ATTACKS = (
     *_calls(),
     *_ioctls(),
-    Attack("i386-call", "a system call of another ABI by int 0x80", _I386, "denied", {"seccomp": "denied"}, absent=("killed",)),
     Attack(
-        "x32-call", "a number of the x32 ABI",
-        "call(39 | 0x40000000)",
-        "denied", {"seccomp": "denied"}, absent=("ENOSYS",),
+        "i386-call",
+        "a system call of another ABI by int 0x80",
+        _I386,
+        "denied",
+        {"seccomp": "denied"},
+        absent=("killed",),
     ),
-    Attack("x32-only-call", "a number that only x32 has", "call(520 | 0x40000000)", "denied", {"seccomp": "denied"}, opens=("EFAULT",), absent=("ENOSYS",)),
+    Attack(
+        "x32-call",
+        "a number of the x32 ABI",
+        "call(39 | 0x40000000)",
+        "denied",
+        {"seccomp": "denied"},
+        absent=("ENOSYS",),
+    ),
+    Attack(
+        "x32-only-call",
+        "a number that only x32 has",
+        "call(520 | 0x40000000)",
+        "denied",
+        {"seccomp": "denied"},
+        opens=("EFAULT",),
+        absent=("ENOSYS",),
+    ),
     Attack("unknown-call", "a number of tomorrow", "call(9999)", "ENOSYS", why="the kernel says the same"),
     Attack("from-a-thread", "a refused call from a new thread", _THREAD, "EPERM", {"seccomp": "EPERM"}),
     Attack("from-a-child", "a refused call after fork and exec", _CHILD, "EPERM", {"seccomp": "EPERM"}),
-    Attack("open-terminal", "the controlling terminal", 'os.open("/dev/tty", os.O_RDWR)', "ENOENT", why="there is no such device in the cell's /dev"),
-    Attack("open-ptmx", "a new pseudo-terminal", 'os.open("/dev/ptmx", os.O_RDWR)', "ENOENT", why="there is no such device in the cell's /dev"),
     Attack(
-        "file-flags", "flags that only root may set",
+        "open-terminal",
+        "the controlling terminal",
+        'os.open("/dev/tty", os.O_RDWR)',
+        "ENOENT",
+        why="there is no such device in the cell's /dev",
+    ),
+    Attack(
+        "open-ptmx",
+        "a new pseudo-terminal",
+        'os.open("/dev/ptmx", os.O_RDWR)',
+        "ENOENT",
+        why="there is no such device in the cell's /dev",
+    ),
+    Attack(
+        "file-flags",
+        "flags that only root may set",
         """
-        with open("/workspace/x", "w") as file:
+        with open("/tmp/x", "w") as file:
             fcntl.ioctl(file, 0x80086601, bytes(8))
         """,
-        "ENOTTY", {"seccomp": "ENOTTY"}, absent=("ENOTTY",),
+        "ENOTTY",
+        {"seccomp": "ENOTTY"},
+        absent=("ENOTTY",),
     ),
     Attack(
-        "lease", "hold up whoever opens a file",
-        'fcntl.fcntl(os.open("/workspace/x", os.O_CREAT), 1024, fcntl.F_RDLCK)', "EPERM", {"seccomp": "EPERM"},
+        "lease",
+        "hold up whoever opens a file",
+        'fcntl.fcntl(os.open("/tmp/x", os.O_CREAT), 1024, fcntl.F_RDLCK)',
+        "EPERM",
+        {"seccomp": "EPERM"},
     ),
-    Attack("notify", "watch a directory", 'fcntl.fcntl(os.open("/workspace", os.O_RDONLY), 1026, 1)', "EPERM", {"seccomp": "EPERM"}, absent=("EINVAL",)),
+    Attack(
+        "notify",
+        "watch a directory",
+        'fcntl.fcntl(os.open("/tmp", os.O_RDONLY), 1026, 1)',
+        "EPERM",
+        {"seccomp": "EPERM"},
+        absent=("EINVAL",),
+    ),
 )

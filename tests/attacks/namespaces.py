@@ -1,10 +1,13 @@
-"""Making and entering namespaces: the first step of most escapes. One row for each call and flag, with high bits too."""
+"""Making and entering namespaces: the first step of most escapes. One row for each call and flag, high bits too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tests.attacks.base import Attack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _FLAGS = {
     "user": 0x10000000,
@@ -18,6 +21,7 @@ _FLAGS = {
 }
 _ADMIN = {"seccomp": "EPERM", "ids": "EPERM", "caps": "EPERM"}
 _FILTER = {"seccomp": "EPERM"}
+_USER = {"seccomp": "EPERM", "userns-limit": "ENOSPC"}
 
 _CLONE = """
 pid = call("clone", {flags:#x} | signal.SIGCHLD, 0, 0, 0, 0)
@@ -27,12 +31,29 @@ os.waitpid(pid, 0)
 """
 
 
+def _setns(name: str, flag: int) -> Attack:
+    tries, code = (
+        f"enter a {name} namespace by its file",
+        f'call("setns", os.open("/proc/self/ns/{name}", 0), {flag:#x})',
+    )
+    if name in ("cgroup", "time"):
+        return Attack(
+            f"setns-{name}", tries, code, "EPERM", why="without its own, the cell is in the host's, whose the right is"
+        )
+    if name == "user":
+        return Attack(f"setns-{name}", tries, code, "EPERM", _FILTER, opens=("EINVAL",))
+    return Attack(f"setns-{name}", tries, code, "EPERM", _ADMIN)
+
+
 def _rows() -> Iterator[Attack]:
     for name, flag in _FLAGS.items():
-        walls = _FILTER if name == "user" else _ADMIN
+        walls = _USER if name == "user" else _ADMIN
         yield Attack(f"unshare-{name}", f"a new {name} namespace", f'call("unshare", {flag:#x})', "EPERM", walls)
+        yield _setns(name, flag)
         if name != "time":  # clone(2) cannot: the low byte is the exit signal
-            yield Attack(f"clone-{name}", f"a child in a new {name} namespace", _CLONE.format(flags=flag), "EPERM", walls)
+            yield Attack(
+                f"clone-{name}", f"a child in a new {name} namespace", _CLONE.format(flags=flag), "EPERM", walls
+            )
             yield Attack(
                 f"clone-{name}-high-bits",
                 "the same with bit 32 set: the kernel takes 32 bits, a filter that compared 64 would be passed",
@@ -40,20 +61,17 @@ def _rows() -> Iterator[Attack]:
                 "EPERM",
                 walls,
             )
-        opens = ("EINVAL",) if name == "user" else ("done", "EUSERS")
-        yield Attack(
-            f"setns-{name}",
-            f"enter a {name} namespace by its file",
-            f'call("setns", os.open("/proc/self/ns/{name}", os.O_RDONLY), {flag:#x})',
-            "EPERM",
-            _FILTER if name == "user" else _ADMIN,
-            opens=opens,
-        )
 
 
 ATTACKS = (
     *_rows(),
-    Attack("unshare-number-high-bits", "the call's number with bit 32 set", 'call(272 | 1 << 32, 0x10000000)', "EPERM", _FILTER),
+    Attack(
+        "unshare-number-high-bits",
+        "the call's number with bit 32 set",
+        "call(272 | 1 << 32, 0x10000000)",
+        "EPERM",
+        _USER,
+    ),
     Attack(
         "unshare-flags-high-bits",
         "unshare with bit 63 set beside the flag",
@@ -72,7 +90,7 @@ ATTACKS = (
         os.waitpid(pid, 0)
         """,
         "ENOSYS",
-        {"seccomp": "ENOSYS"},
+        {"seccomp": "ENOSYS", "userns-limit": "ENOSPC"},
     ),
     Attack(
         "clone3-into-cgroup",
@@ -91,7 +109,7 @@ ATTACKS = (
             os._exit(0)
         """,
         "EPERM",
-        why="the filter's alone, and not harmless without it: nobody would reap that child, and the cell's end would wait",
+        why="the filter's alone, and not harmless without it: nobody would reap that child",
     ),
     Attack(
         "setns-init",
@@ -105,7 +123,7 @@ ATTACKS = (
         "enter them through a pidfd",
         'call("setns", call("pidfd_open", 1, 0), 0x00020000)',
         "ENOSYS",
-        {"seccomp": "ENOSYS", "ids": "EPERM", "caps": "EPERM"},
+        {"seccomp": "ENOSYS", "ids": "EPERM", "caps": "EPERM", "landlock": "EPERM"},
     ),
     Attack(
         "cgroup-path",

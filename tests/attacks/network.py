@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from tests.attacks.base import Attack
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _FAMILIES = {
     "inet": (2, 1),
@@ -27,7 +30,6 @@ _FAMILIES = {
     "xdp": (44, 3),
 }
 _FILTER = {"seccomp": "EAFNOSUPPORT"}
-_ADMIN = {"seccomp": "EPERM", "ids": "EPERM", "caps": "EPERM"}
 # What kernels say where the family is no module or no device is there; the filter's word is the same for all.
 _NO_FAMILY = ("EAFNOSUPPORT", "ESOCKTNOSUPPORT", "EPROTONOSUPPORT", "EPERM")
 
@@ -39,7 +41,7 @@ def _rows() -> Iterator[Attack]:
             f"a socket of the {name} family",
             f'call("socket", {family}, {kind}, 0)',
             "EAFNOSUPPORT",
-            _FILTER,
+            {**_FILTER, "ids": "EPERM", "caps": "EPERM"} if name in ("packet", "xdp") else _FILTER,
             opens=("done", "EPROTONOSUPPORT") if name == "inet-raw" else ("done",),
             absent=_NO_FAMILY,
         )
@@ -47,75 +49,120 @@ def _rows() -> Iterator[Attack]:
 
 ATTACKS = (
     *_rows(),
-    Attack("socket-inet-high-bits", "AF_INET with bit 32 set", 'call("socket", 2 | 1 << 32, 1, 0)', "EAFNOSUPPORT", _FILTER),
-    Attack("socketpair-inet", "a pair of AF_INET", 'call("socketpair", 2, 1, 0, 8)', "EAFNOSUPPORT", _FILTER, opens=("EFAULT", "EOPNOTSUPP")),
     Attack(
-        "bind-tcp", "wait for TCP connections",
+        "socket-inet-high-bits", "AF_INET with bit 32 set", 'call("socket", 2 | 1 << 32, 1, 0)', "EAFNOSUPPORT", _FILTER
+    ),
+    Attack(
+        "socketpair-inet",
+        "a pair of AF_INET",
+        'call("socketpair", 2, 1, 0, 8)',
+        "EAFNOSUPPORT",
+        _FILTER,
+        opens=("EFAULT", "EOPNOTSUPP"),
+    ),
+    Attack(
+        "bind-tcp",
+        "wait for TCP connections",
         """
         with socket.socket(socket.AF_INET) as server:
             server.bind(("0.0.0.0", 0))
         """,
-        "EAFNOSUPPORT", {"seccomp": "EAFNOSUPPORT", "landlock": "EACCES"},
+        "EAFNOSUPPORT",
+        {"seccomp": "EAFNOSUPPORT", "landlock": "EACCES"},
     ),
     Attack(
-        "connect-metadata", "the cloud's metadata service",
+        "connect-metadata",
+        "the cloud's metadata service",
         """
         with socket.socket(socket.AF_INET) as client:
             client.settimeout(2)
             client.connect(("169.254.169.254", 80))
         """,
-        "EAFNOSUPPORT", why="the network namespace has no route and cannot be exchanged for the host's; see socket-inet",
+        "EAFNOSUPPORT",
+        why="the network namespace has no route and cannot be exchanged for the host's; see socket-inet",
     ),
     Attack(
-        "resolve-name", "ask a name server",
+        "resolve-name",
+        "ask a name server",
         """
         try:
             socket.getaddrinfo("example.org", 80)
         except socket.gaierror as error:
             raise Refused("no-name") from error
         """,
-        "no-name", why="the network namespace has no route and cannot be exchanged for the host's; see socket-inet",
+        "no-name",
+        why="the network namespace has no route and cannot be exchanged for the host's; see socket-inet",
     ),
     Attack(
-        "raise-loopback", "bring an interface up",
+        "raise-loopback",
+        "bring an interface up",
         """
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
             fcntl.ioctl(control, 0x8914, struct.pack("16sH14x", b"lo", 0x49))
         """,
-        "EAFNOSUPPORT", {"seccomp": "EAFNOSUPPORT", "ids": "EPERM", "caps": "EPERM"},
+        "EAFNOSUPPORT",
+        {"seccomp": "EAFNOSUPPORT", "ids": "EPERM", "caps": "EPERM"},
     ),
     Attack(
-        "interface-ioctl", "list interfaces through a socket that is allowed",
+        "interface-ioctl",
+        "list interfaces through a socket that is allowed",
         """
         with socket.socket(socket.AF_UNIX) as control:
             fcntl.ioctl(control, 0x8912, struct.pack("iP", 0, 0))
         """,
-        "ENOTTY", {"seccomp": "ENOTTY"},
+        "ENOTTY",
+        {"seccomp": "ENOTTY"},
     ),
     Attack(
-        "attach-filter", "BPF code on a socket",
+        "attach-filter",
+        "BPF code on a socket",
         """
         code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0xFFFF))
         one, _ = socket.socketpair()
         one.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HxxxxxxP", 1, ctypes.addressof(code)))
         """,
-        "EPERM", {"seccomp": "EPERM"},
+        "EPERM",
+        {"seccomp": "EPERM"},
     ),
     Attack(
-        "forge-credentials", "claim to be root in a message",
+        "forge-credentials",
+        "claim to be root in a message",
         """
         one, two = socket.socketpair()
         two.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         one.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_CREDENTIALS, struct.pack("3i", 1, 0, 0))])
         """,
-        "EPERM", {"ids": "EPERM", "caps": "EPERM"},
+        "EPERM",
+        {"ids": "EPERM", "caps": "EPERM"},
     ),
     Attack(
-        "bait-socket", "a socket of the host's in a bound tree",
+        "host-port",
+        "a port that the host listens on",
+        """
+        with socket.socket(socket.AF_INET) as client:
+            client.connect(("127.0.0.1", int(os.environ["PORT"])))
+        """,
+        "EAFNOSUPPORT",
+        why="the network namespace cannot be exchanged for the host's; see loopback in neighbours.py for the other walls",
+    ),
+    Attack(
+        "host-abstract-socket",
+        "an abstract socket of the host's",
+        """
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect("\\0" + os.environ["ABSTRACT"])
+        """,
+        "ECONNREFUSED",
+        why="the network namespace cannot be exchanged for the host's; see abstract-socket in neighbours.py",
+    ),
+    Attack(
+        "bait-socket",
+        "a socket of the host's in a bound tree",
         """
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(BAIT + "/host.sock")
         """,
-        "EACCES", why="the socket's owner is not mapped, so even the mapped root is a stranger to it",
+        "EACCES",
+        why="the socket's owner is not mapped, so even the mapped root is a stranger to it",
     ),
 )

@@ -1,0 +1,227 @@
+"""Daemons for tests: real processes on sockets that other users can reach, and callers that are other users."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar, cast
+
+# A child that is another user cannot read them any more where the interpreter lives below somebody's home.
+import sandboxd.exchange
+import sandboxd.result  # noqa: F401
+from sandboxd import Sandbox, protocol
+from sandboxd.client import ps
+from tests import leftovers
+
+GROUP = "daemon"  # of every Debian, Fedora and Alpine
+START_SECONDS = 30.0
+SLEEP = "import time\nprint('up', flush=True)\ntime.sleep(25)"
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def directory() -> Iterator[Path]:
+    """A directory that others may pass through, which pytest's are not."""
+    with tempfile.TemporaryDirectory(prefix="sandboxd-test-") as name:
+        os.chmod(name, 0o711)
+        yield Path(name)
+
+
+@dataclass
+class Served:
+    """A running ``sandboxd serve``."""
+
+    process: subprocess.Popen[bytes]
+    path: Path
+    log: Path
+
+    @property
+    def address(self) -> str:
+        return f"unix:{self.path}"
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def said(self) -> str:
+        return self.log.read_text("utf-8", "replace")
+
+    def runs(self) -> list[dict[str, Any]]:
+        return ps(self.address)
+
+    def sandbox(self, **options: Any) -> Sandbox:
+        return Sandbox.connect(self.address, **options)
+
+    def serves(self) -> bool:
+        """One ordinary run."""
+        with self.sandbox() as sandbox:
+            return sandbox.run("print(6 * 7)").stdout == "42\n"
+
+    def idle(self, seconds: float = 10) -> None:
+        """Until no run is there."""
+        leftovers.eventually(lambda: self.runs() == [], seconds, "runs are still there")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(15)
+
+
+def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str) -> Served:
+    """A daemon on HOME/NAME/socket, not yet ready."""
+    path, log, file = home / name / "socket", home / f"{name}.log", home / f"{name}.toml"
+    settings = {"socket": str(path), "group": group, **config}
+    file.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in settings.items()))
+    with log.open("ab") as stderr:
+        command = [sys.executable, "-m", "sandboxd", "serve", "--config", str(file)]
+        process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
+    return Served(process, path, log)
+
+
+def _toml(value: int | str) -> str:
+    return str(value) if isinstance(value, int) else f'"{value}"'
+
+
+@contextlib.contextmanager
+def served(home: Path, name: str = "sandboxd", **config: int | str) -> Iterator[Served]:
+    """A daemon that is ready; ended by SIGTERM."""
+    daemon = start(home, name, **config)
+    try:
+        before = daemon.said().count("ready on")
+        leftovers.eventually(
+            lambda: daemon.said().count("ready on") > before or daemon.process.poll() is not None,
+            START_SECONDS,
+            "no daemon is ready",
+        )
+        assert daemon.process.poll() is None, daemon.said()
+        yield daemon
+    finally:
+        daemon.end()
+
+
+class Raw:
+    """A client that sends what it likes."""
+
+    def __init__(self, daemon: Served | socket.socket, greet: bool = True) -> None:
+        if isinstance(daemon, Served):
+            self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.sock.connect(str(daemon.path))
+        else:
+            self.sock = daemon
+        self.sock.settimeout(20)
+        if greet:
+            protocol.send(self.sock, protocol.hello())
+            assert self.answer()["op"] == "hello"
+
+    def send(self, message: dict[str, Any], payload: bytes = b"") -> None:
+        protocol.send(self.sock, message, [payload])
+
+    def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
+        """One packet as it is; a side that has closed is no error here."""
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, b"".join(fd.to_bytes(4, "little") for fd in fds))]
+        with contextlib.suppress(BrokenPipeError):
+            self.sock.sendmsg([data], control if fds else [])
+
+    def answer(self) -> dict[str, Any]:
+        """The next message; {} at the end of the connection."""
+        for _ in range(2):
+            with contextlib.suppress(ConnectionResetError):
+                packet = protocol.receive(self.sock)
+                if packet is None:
+                    return {}
+                packet.close()
+                return packet.message
+        return {}
+
+    def refusal(self) -> tuple[str, str]:
+        """The kind and the message of the error that comes next; ("", "") at the end of the connection."""
+        message = self.answer()
+        if not message:
+            return "", ""
+        assert message["op"] == "refused", message
+        error = message["error"]
+        return error["kind"], error.get("message", error.get("problem", ""))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.sock.close()
+
+
+def header(**changes: Any) -> dict[str, Any]:
+    """A run's header, of ``pass`` without anything, and *changes*."""
+    plain = {"code_bytes": 4, "stdin_bytes": None, "files": [], "args": [], "env": {}, "limits": {}}
+    return {**plain, "language": "python", "filename": "main.py", "stream": False, "results": False, **changes}
+
+
+def request(policy: Any = None, **changes: Any) -> dict[str, Any]:
+    """The message of such a run."""
+    return {"op": "run", "policy": policy, "run": header(**changes)}
+
+
+class Child(Generic[T]):
+    """A forked process that is another user and calls *function*."""
+
+    def __init__(self, function: Callable[[], T], uid: int, gid: int, groups: Sequence[int] = ()) -> None:
+        read, write = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(read)
+            _be(function, uid, gid, groups, write)
+        os.close(write)
+        self._read = read
+
+    def result(self) -> T:
+        """What *function* returned; raises what it raised."""
+        with open(self._read, "rb") as stream:
+            data = stream.read()
+        os.waitpid(self.pid, 0)
+        assert data, "the child ended without a word"
+        good, value = pickle.loads(data)  # noqa: S301 (our own child)
+        if not good:
+            raise value
+        return cast("T", value)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self._read)
+
+
+def _be(function: Callable[[], Any], uid: int, gid: int, groups: Sequence[int], write: int) -> None:
+    status = 1
+    try:
+        os.setgroups(list(groups))
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+        try:
+            answer: tuple[bool, Any] = (True, function())
+        except BaseException as error:
+            answer = (False, error)
+        with open(write, "wb") as stream:
+            stream.write(pickle.dumps(answer))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def as_user(function: Callable[[], T], uid: int, gid: int, groups: Sequence[int] = ()) -> T:
+    """Call *function* as another user, in a child."""
+    return Child(function, uid, gid, groups).result()
