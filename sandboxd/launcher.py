@@ -7,6 +7,7 @@ cwd, no cgroup. The engine ends when its control socket closes or when this proc
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import select
@@ -74,6 +75,8 @@ class EngineProcess:
         try:
             with contextlib.suppress(BrokenPipeError):  # it may have refused its settings already: then that is the answer
                 protocol.send(control, {"op": "policy", "policy": policy})
+            # What the first run needs is imported while the engine proves its first cell.
+            importlib.import_module("sandboxd.exchange")
             answer = protocol.receive(control)
         except OSError:
             answer = None

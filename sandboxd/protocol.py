@@ -260,7 +260,8 @@ def loads(data: bytes) -> dict[str, Any]:
     """A JSON object from an untrusted side: bounded depth and size, no NaN, no key twice. Raises ProtocolError."""
     _check_shape(data)
     try:
-        found = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
+        # Decoded here: json would also take UTF-16, whose brackets and quotes were not seen above.
+        found = json.loads(str(data, "utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except ProtocolError:
         raise
     except (ValueError, RecursionError) as error:

@@ -45,7 +45,7 @@ from sandboxd.interpreter import Interpreter
 from sandboxd.stages import Stage, unavailable
 from sandboxd.waiting import readable
 
-__all__ = ["CellProcess", "Init", "InitSizes", "Zygote", "ZygoteConfig", "ZygoteLost"]
+__all__ = ["CellProcess", "Init", "InitSizes", "Zygote", "ZygoteBody", "ZygoteConfig", "ZygoteLost"]
 
 log = logging.getLogger("sandboxd.engine")
 
@@ -93,17 +93,24 @@ class ZygoteLost(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class ZygoteConfig:
-    """What a zygote is made from. *walls_down* and *allow_user_namespaces* exist for tests of single walls."""
+class ZygoteBody:
+    """What a zygote is made of before any policy has its say. *allow_user_namespaces* exists for tests of other walls."""
 
     python: Interpreter
+    operations: Sequence[rootfs.Op]
+    allow_user_namespaces: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ZygoteConfig:
+    """What a policy makes of a zygote. *walls_down* exists for tests of single walls."""
+
     preload: Sequence[str]
     warmup: str
     filter_program: bytes
     landlock_abi: int
     """The lowest ABI that will do; 0 goes without."""
     walls_down: frozenset[int] = frozenset()
-    allow_user_namespaces: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +160,11 @@ class CellProcess:
 class Zygote:
     """One nursery with one zygote. Made by ``start``; ``close`` ends every process of it."""
 
-    def __init__(self, pid: int, pidfd: int, nursery: socket.socket, zygote: socket.socket, log: int) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, python: Interpreter, nursery: socket.socket, zygote: socket.socket, log: int
+    ) -> None:
         self.pid = pid
+        self.python = python
         self.landlock_abi = 0
         self.version: tuple[int, ...] = ()
         self.lost = False
@@ -181,22 +191,15 @@ class Zygote:
     # Start
 
     @classmethod
-    async def start(
-        cls, config: ZygoteConfig, ids: IdBlock, operations: Sequence[rootfs.Op], attach: Callable[[int], None]
-    ) -> Zygote:
-        """Make the namespaces and the root, run the interpreter, wait until it has imported and warmed up.
+    def spawn(cls, body: ZygoteBody, ids: IdBlock, attach: Callable[[int], None]) -> Zygote:
+        """Make the namespaces and the root, and execute nursery and interpreter there; ``prepare`` comes next.
 
-        *attach* moves a pid into the zygotes' cgroup. Raises Unavailable.
+        *attach* moves a pid into the zygotes' cgroup. Blocks for a few milliseconds. Raises Unavailable.
         """
-        zygote = _spawn(cls, config, ids, operations, attach)
-        try:
-            await zygote._prepare(config)
-        except BaseException:
-            await zygote.close()
-            raise
-        return zygote
+        return _spawn(cls, body, ids, attach)
 
-    async def _prepare(self, config: ZygoteConfig) -> None:
+    async def prepare(self, config: ZygoteConfig) -> None:
+        """Have it import and warm up what a policy names. Raises Unavailable; the zygote is of no use then."""
         walls_down = sum(1 << stage for stage in config.walls_down)
         message = {"preload": list(config.preload), "warmup": config.warmup, "walls_down": walls_down}
         self._ready = self._loop.create_future()
@@ -209,10 +212,10 @@ class Zygote:
             raise Unavailable("zygote", None, fix, f"no zygote after {READY_SECONDS:.0f} s") from None
         except (ZygoteLost, OSError) as error:
             said = self.last_words()
-            fix = f"start {config.python.executable} by hand; the rootfs shows it only its own prefix and /usr"
+            fix = f"start {self.python.executable} by hand; the rootfs shows it only its own prefix and /usr"
             raise Unavailable("zygote", None, fix, f"the interpreter ended before it was ready: {said or error}") from None
         if not answer.get("ok"):
-            raise _not_preloaded(answer, config)
+            raise _not_preloaded(answer, self.python)
         if answer["threads"] != 1:
             raise unavailable(Stage.THREADS, 0)
         if answer["kept"]:
@@ -461,15 +464,10 @@ def _pair(undo: ExitStack) -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def _spawn(
-    kind: type[Zygote],
-    config: ZygoteConfig,
-    ids: IdBlock,
-    operations: Sequence[rootfs.Op],
-    attach: Callable[[int], None],
-) -> Zygote:
+def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, attach: Callable[[int], None]) -> Zygote:
     """From nothing to an executed nursery. On failure nothing is left."""
-    environment = {**ENVIRONMENT, "PATH": f"{os.path.dirname(config.python.executable)}:{ENVIRONMENT['PATH']}"}
+    python, operations = body.python, body.operations
+    environment = {**ENVIRONMENT, "PATH": f"{os.path.dirname(python.executable)}:{ENVIRONMENT['PATH']}"}
     encoded = rootfs.encode(operations)
     with ExitStack() as undo, ExitStack() as given:
         nursery, nursery_end = _pair(given)
@@ -491,7 +489,7 @@ def _spawn(
         report_read, report_write = os.pipe2(os.O_CLOEXEC)
         given.callback(os.close, report_read)
         with os.fdopen(go_write, "wb", buffering=0) as go, os.fdopen(report_write, "wb", buffering=0) as report:
-            argv, keep_argv = native.c_strings(["nursery", config.python.executable, f"{rootfs.INSIDE_DIRECTORY}/zygote.py"])
+            argv, keep_argv = native.c_strings(["nursery", python.executable, f"{rootfs.INSIDE_DIRECTORY}/zygote.py"])
             envp, keep_envp = native.c_strings([f"{name}={value}" for name, value in environment.items()])
             buffer = ffi.from_buffer("unsigned char[]", encoded)
             plan = ffi.new(
@@ -510,7 +508,7 @@ def _spawn(
                     "zygote_fd": zygote_end.fileno(),
                     "owner_fd": owner,
                     "nursery_fd": program,
-                    "allow_user_namespaces": config.allow_user_namespaces,
+                    "allow_user_namespaces": body.allow_user_namespaces,
                 },
             )
             number = ffi.new("int *", -1)
@@ -530,7 +528,7 @@ def _spawn(
             stage, error, detail = struct.unpack("=IiI", said)
             where = operations[detail].target if stage == Stage.MOUNTS and detail < len(operations) else ""
             raise unavailable(stage, error, where and f"/{where}")
-        made = kind(pid, pidfd, nursery, zygote, log)
+        made = kind(pid, pidfd, python, nursery, zygote, log)
         undo.pop_all()
         return made
 
@@ -549,10 +547,10 @@ def _map_ids(pid: int, ids: IdBlock) -> None:
         raise unavailable(Stage.MAPS, error.errno or errno.EIO) from error
 
 
-def _not_preloaded(answer: dict[str, Any], config: ZygoteConfig) -> Unavailable:
+def _not_preloaded(answer: dict[str, Any], python: Interpreter) -> Unavailable:
     step, missing = answer.get("step"), answer.get("missing")
     if missing:
-        fix = f"install it for that interpreter: {config.python.executable} -m pip install {str(missing).partition('.')[0]}"
+        fix = f"install it for that interpreter: {python.executable} -m pip install {str(missing).partition('.')[0]}"
         return Unavailable("preload", None, fix, f"{missing!r} is not installed, which [runtime] preload names")
     where = "warmup" if step == "warmup" else f"preload of {step!r}"
     return Unavailable("preload", None, "mend the policy's [runtime] section", f"{where} failed: {answer.get('error')}")

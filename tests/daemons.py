@@ -152,7 +152,7 @@ class Raw:
             return "", ""
         assert message["op"] == "refused", message
         error = message["error"]
-        return error["kind"], error.get("message", error.get("problem", ""))
+        return error["kind"], error.get("message") or f"{error.get('field')}: {error.get('problem')}"
 
     def __enter__(self) -> Self:
         return self

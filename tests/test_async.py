@@ -291,5 +291,3 @@ def test_runs_that_come_together_start_one_engine() -> None:
 
     assert len(asyncio.run(main())) == 1
     leftovers.assert_nothing_new(before)
-
-

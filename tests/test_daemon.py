@@ -403,9 +403,7 @@ def test_keyboard_interrupt_kills_the_run_and_propagates(served: Served, sandbox
 
 
 @pytest.mark.parametrize("error", [ValueError("mine"), BrokenPipeError("mine"), ConnectionResetError("mine")])
-def test_what_a_callback_raises_kills_the_run_and_is_raised(
-    served: Served, sandbox: Sandbox, error: Exception
-) -> None:
+def test_what_a_callback_raises_kills_the_run_and_is_raised(served: Served, sandbox: Sandbox, error: Exception) -> None:
     def fail(_: str) -> None:
         raise error
 

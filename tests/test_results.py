@@ -12,7 +12,6 @@ import pytest
 
 from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox, protocol
 
-
 PROMISED = [
     "id", "status", "exit_code", "signal", "stdout", "stderr", "stdout_dropped_bytes", "stderr_dropped_bytes", "error",
     "results", "files", "files_skipped", "limits_hit", "usage", "timings", "warm", "isolation", "state",

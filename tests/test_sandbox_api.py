@@ -661,6 +661,7 @@ def test_an_engine_that_was_killed_is_connectionlost_and_the_next_sweeps() -> No
         os.kill(engine_of(sandbox), signal.SIGKILL)
     assert isinstance(running.outcome, ConnectionLost)
     assert running.outcome.may_have_started
+    eventually(lambda: not os.path.exists(f"/proc/{engine_of(sandbox)}"), 5, "the engine is gone")
     with pytest.raises(ConnectionLost) as lost:
         sandbox.run("print(1)")
     assert not lost.value.may_have_started

@@ -134,6 +134,8 @@ class Connection:
                 packet.message = message = {}
                 await self._execute(name, request)
         except (PolicyError, InvalidRequest, Busy) as error:
+            # Its frames and its cause hold the payload: a mapping, which holds a descriptor.
+            error.__traceback__ = error.__context__ = None
             await self._refuse(error)
 
     async def _execute(self, name: str | None, request: Run) -> None:

@@ -18,10 +18,10 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
-from sandboxd import cgroup, ids, native, seccomp
+from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
 from sandboxd.engine.config import EngineConfig
-from sandboxd.engine.prepared import Prepared, RootPlans, kernel_release, prepare
+from sandboxd.engine.prepared import Bodies, Prepared, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
 from sandboxd.engine.slots import Slot, Slots
 from sandboxd.engine.workspace import Collected
@@ -65,7 +65,7 @@ class Engine:
         self._waiting: dict[object, deque[asyncio.Future[None]]] = {}
         self._undo = contextlib.ExitStack()
         self._closed = False
-        self.roots = RootPlans(self)
+        self.bodies = Bodies(self)
 
     def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
@@ -100,10 +100,9 @@ class Engine:
             self._undo = undo.pop_all()
 
     def foresee(self) -> None:
-        """Before the policy comes: the root for this interpreter and the default filter are most likely asked for."""
+        """Before the policy comes: a zygote of this interpreter is most likely asked for. A refusal comes again then."""
         with contextlib.suppress(SandboxError):
-            self.roots.plan(Interpreter.current())
-            seccomp.effective("default")
+            self.bodies.foresee(Interpreter.current())
 
     # Policies
 
@@ -306,6 +305,7 @@ class Engine:
             with contextlib.suppress(ZygoteLost):
                 await prepared.zygote.close()
         self._prepared.clear()
+        await self.bodies.close()
         deadline = time.monotonic() + 2
         while self.live and time.monotonic() < deadline:
             await asyncio.sleep(0.005)

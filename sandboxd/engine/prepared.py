@@ -13,12 +13,12 @@ from sandboxd.errors import Unavailable
 from sandboxd.interpreter import Interpreter
 from sandboxd.limits import LimitValue
 from sandboxd.stages import Stage
-from sandboxd.zygote import INSIDE, Zygote, ZygoteConfig
+from sandboxd.zygote import INSIDE, Zygote, ZygoteBody, ZygoteConfig
 
 if TYPE_CHECKING:
     from sandboxd.engine.core import Engine
 
-__all__ = ["WALLS", "Prepared", "RootPlans", "prepare"]
+__all__ = ["WALLS", "Prepared", "Bodies", "prepare"]
 
 NAMESPACES: Final = ["user", "pid", "mount", "network", "ipc", "uts", "cgroup"]
 SCOPES_ABI: Final = 6
@@ -74,31 +74,57 @@ class Prepared:
         }
 
 
-class RootPlans:
-    """The roots' operations by interpreter; the host is looked at once for each."""
+class Bodies:
+    """Zygotes that run and wait for a policy, and the plans of their roots: the host is looked at once for each
+    interpreter.
+    """
 
     def __init__(self, engine: Engine) -> None:
+        unknown = set(engine.config.walls_down) - set(WALLS)
+        if unknown:
+            raise ValueError(f"no such wall: {', '.join(sorted(unknown))}")
         self._engine = engine
-        self._plans: dict[Interpreter, list[rootfs.Op]] = {}
+        self._bodies: dict[Interpreter, ZygoteBody] = {}
+        self._early: dict[Interpreter, Zygote] = {}
 
-    def plan(self, python: Interpreter) -> list[rootfs.Op]:
-        """The operations for *python*. Raises Unavailable."""
-        found = self._plans.get(python)
+    def foresee(self, python: Interpreter) -> None:
+        """Start a zygote for *python* before it is asked for. Raises Unavailable."""
+        self._early[python] = self._spawn(python)
+
+    def take(self, python: Interpreter) -> Zygote:
+        """A zygote for *python* that no policy has touched. Raises Unavailable."""
+        early = self._early.pop(python, None)
+        return early if early is not None and not early.lost else self._spawn(python)
+
+    async def close(self) -> None:
+        """End those that nobody took."""
+        while self._early:
+            await self._early.popitem()[1].close()
+
+    def _spawn(self, python: Interpreter) -> Zygote:
+        return Zygote.spawn(self._body(python), self._engine.ids, self._engine.instance.zygotes_attach)
+
+    def _body(self, python: Interpreter) -> ZygoteBody:
+        found = self._bodies.get(python)
         if found is None:
+            down = self._engine.config.walls_down
             inside = [(str(INSIDE), rootfs.INSIDE_DIRECTORY)]
-            found = rootfs.plan_host(python, inside, slots=self._engine.slot_ids)
+            operations = rootfs.plan_host(python, inside, slots=self._engine.slot_ids)
             # What libraries write while they are imported; each cell's own tmpfs covers it.
-            scratch = rootfs.Op(rootfs.Kind.TMPFS, "tmp", "mode=1777,size=256m", flags=rootfs.NOSUID | rootfs.NODEV)
-            found = self._plans[python] = [*found, scratch]
+            writable = rootfs.NOSUID | rootfs.NODEV
+            operations.append(rootfs.Op(rootfs.Kind.TMPFS, "tmp", "mode=1777,size=256m", flags=writable))
+            if "read-only" in down:
+                operations = [
+                    rootfs.Op(op.kind, op.target, op.source, op.data, op.mode, op.flags & ~rootfs.RDONLY)
+                    for op in operations
+                ]
+            found = self._bodies[python] = ZygoteBody(python, operations, "userns-limit" in down)
         return found
 
 
 async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     """Bring *plain* (``Policy.plain()``) into force. Raises Unavailable, PolicyError."""
     down = frozenset(engine.config.walls_down)
-    unknown = down - set(WALLS)
-    if unknown:
-        raise ValueError(f"no such wall: {', '.join(sorted(unknown))}")
     runtime, wanted = plain["runtime"], plain["require"]
     lacking = [name for name in wanted["cgroup"] if name not in engine.instance.facts()["controllers"]]
     if lacking:
@@ -108,30 +134,25 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     profile = seccomp.effective(chosen["profile"], chosen["allow"], chosen["deny"])
     chosen_python = runtime["interpreter"]
     python = await asyncio.to_thread(Interpreter.probe, chosen_python) if chosen_python else Interpreter.current()
-    operations = engine.roots.plan(python)
-    if "read-only" in down:
-        operations = [
-            rootfs.Op(op.kind, op.target, op.source, op.data, op.mode, op.flags & ~rootfs.RDONLY) for op in operations
-        ]
     marker = engine.config.marker_errno
     if marker is None:
         filter_program = await asyncio.to_thread(seccomp.cached_compile, profile, None)
     else:
         filter_program = await asyncio.to_thread(functools.partial(seccomp.compile, profile, marker_errno=marker))
-    zygote = await Zygote.start(
-        ZygoteConfig(
-            python=python,
-            preload=runtime["preload"],
-            warmup=runtime["warmup"],
-            filter_program=filter_program,
-            landlock_abi=wanted["landlock_abi"],
-            allow_user_namespaces="userns-limit" in down,
-            walls_down=frozenset(stage for name in down for stage in WALLS[name]),
-        ),
-        engine.ids,
-        operations,
-        engine.instance.zygotes_attach,
-    )
+    zygote = engine.bodies.take(python)
+    try:
+        await zygote.prepare(
+            ZygoteConfig(
+                preload=runtime["preload"],
+                warmup=runtime["warmup"],
+                filter_program=filter_program,
+                landlock_abi=wanted["landlock_abi"],
+                walls_down=frozenset(stage for name in down for stage in WALLS[name]),
+            )
+        )
+    except BaseException:
+        await zygote.close()
+        raise
     missing = [f"wall left out: {name}" for name in sorted(down)]
     if marker is not None:
         missing.append(f"seccomp: the errnos of refusals (all answer {marker})")

@@ -44,6 +44,8 @@ class Attack:
     def __post_init__(self) -> None:
         if bool(self.alone) == bool(self.why):
             raise ValueError(f"{self.id}: either walls that stop it alone, or the reason why none can be shown")
+        if set(self.alone.values()) & set(self.opens):
+            raise ValueError(f"{self.id}: a wall's refusal could be the kernel's own answer")
 
 
 PRELUDE = '''

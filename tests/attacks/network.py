@@ -143,7 +143,7 @@ ATTACKS = (
             client.connect(("127.0.0.1", int(os.environ["PORT"])))
         """,
         "EAFNOSUPPORT",
-        why="the network namespace cannot be exchanged for the host's; see loopback in neighbours.py for the other walls",
+        why="the network namespace cannot be exchanged for the host's; see loopback in neighbours.py",
     ),
     Attack(
         "host-abstract-socket",
