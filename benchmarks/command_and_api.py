@@ -55,7 +55,11 @@ def memory(engine: int) -> dict[str, float]:
     pss = uss = 0
     top = psutil.Process(engine)
     for process in [top, *top.children(recursive=True)]:
-        for line in Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii").splitlines():
+        try:
+            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+        except ProcessLookupError:  # a zombie: the init of the last cell, which the nursery is about to reap
+            continue
+        for line in rollup.splitlines():
             key, _, value = line.partition(":")
             if key == "Pss":
                 pss += int(value.split()[0])

@@ -275,6 +275,8 @@ fork_cell(const struct sbx_cell_request *request, const int *fds, int *pidfd, en
         return 0;
     }
     PyOS_AfterFork_Parent();
+    if (pid < 0) /* copy_process() has written the number before its last checks (init dead, pids.max), and closed it */
+        *pidfd = -1;
     return pid;
 }
 

@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from sandboxd import protocol
@@ -18,6 +14,11 @@ from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError
 from sandboxd.waiting import readable, writable
 
 if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
     from sandboxd.exchange import Exchange, FileContent, TextCallback
     from sandboxd.policy import Limits, Policy
     from sandboxd.protocol import Packet

@@ -13,18 +13,19 @@ import socket
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable, from_plain
 from sandboxd.launcher import EngineProcess
-from sandboxd.limits import LimitValue
 
 if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's process begins first
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
     from sandboxd.exchange import Exchange, FileContent, TextCallback
+    from sandboxd.limits import LimitValue
     from sandboxd.policy import Limits, Policy
     from sandboxd.result import Result
 

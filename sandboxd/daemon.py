@@ -15,7 +15,6 @@ import grp
 import json
 import logging
 import os
-import resource
 import signal
 import socket
 import stat
@@ -23,17 +22,20 @@ import struct
 import sys
 import tomllib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
-from sandboxd.engine.prepared import Prepared
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd.engine.prepared import Prepared
 
 __all__ = ["Daemon", "DaemonConfig", "load_config", "main"]
 
@@ -44,7 +46,6 @@ CONFIG: Final = Path("/etc/sandboxd/sandboxd.toml")
 GROUP: Final = "sandboxd"
 CLIENTS_SHARE: Final = 4
 """One uid may have this part of max_clients."""
-DESCRIPTORS_PER_RUN: Final = 32
 PAUSE_SECONDS: Final = 0.1
 CLOSE_SECONDS: Final = 2.0
 _ENGINE_KEYS: Final = ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "ids")
@@ -119,7 +120,6 @@ class Daemon:
             try:
                 # The default policy, proved sealed, before anybody is let in.
                 await self._check_network(await self._policy(None))
-                self._allow_descriptors()
                 listener.listen(512)
                 listener.setblocking(False)
                 self._loop.add_reader(listener.fileno(), self._accept, listener)
@@ -134,15 +134,6 @@ class Daemon:
                     await asyncio.wait(self._clients, timeout=CLOSE_SECONDS)
                 await self._engine.close()
 
-    def _allow_descriptors(self) -> None:
-        """Room for every client's socket and every run's pipes; after the zygote was started, which needs none of it."""
-        engine = self._config.engine
-        wanted = 512 + 2 * engine.max_clients + DESCRIPTORS_PER_RUN * engine.running()
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        if soft != resource.RLIM_INFINITY and soft < most:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
     def _stop(self, name: str) -> None:
         if not self._over.done():
             self._over.set_result(name)
@@ -153,7 +144,9 @@ class Daemon:
         """
         command = [sys.executable, "-m", "sandboxd.netns_check", f"/proc/{prepared.zygote.pid}/ns/net"]
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, stdin=asyncio.subprocess.DEVNULL)
+        process = await asyncio.create_subprocess_exec(
+            *command, stdout=pipe, stderr=pipe, stdin=asyncio.subprocess.DEVNULL
+        )
         said, complaint = await asyncio.wait_for(process.communicate(), 30)
         if process.returncode != 0 or json.loads(said):
             fix = "a new network namespace must hold nothing but lo, down; see sandboxd doctor"
@@ -234,7 +227,9 @@ def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
             os.chown(path.parent, 0, gid)
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise Unavailable("socket", error.errno, "choose another --socket, or run as root", f"{path}: {error}") from error
+        raise Unavailable(
+            "socket", error.errno, "choose another --socket, or run as root", f"{path}: {error}"
+        ) from error
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         try:

@@ -10,19 +10,23 @@ import os
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
 from sandboxd.limits import LimitValue, narrow
-from sandboxd.policy import Limits
-from sandboxd.protocol import Buffer, Packet
 from sandboxd.request import RunRequest
 from sandboxd.result import Result
+
+if TYPE_CHECKING:
+    from sandboxd.policy import Limits
+    from sandboxd.protocol import Buffer, Packet
 
 __all__ = ["Exchange", "FileContent", "TextCallback"]
 
 TextCallback = Callable[[str], object]
 FileContent = bytes | bytearray | memoryview | str | Path
+
 
 def _content(path: str, content: object) -> bytes | memoryview:
     if isinstance(content, str):
@@ -32,7 +36,9 @@ def _content(path: str, content: object) -> bytes | memoryview:
     if isinstance(content, bytearray | memoryview):
         return bytes(content)
     if not isinstance(content, Path):
-        raise InvalidRequest("files", f"the content of {path!r} must be bytes, str or a Path, not {type(content).__name__}")
+        raise InvalidRequest(
+            "files", f"the content of {path!r} must be bytes, str or a Path, not {type(content).__name__}"
+        )
     try:
         # Not blocking: a fifo in the place of a file must not hang the caller.
         fd = os.open(content, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

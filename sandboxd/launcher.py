@@ -73,11 +73,15 @@ class EngineProcess:
         """
         control = self._living()
         try:
-            with contextlib.suppress(BrokenPipeError):  # it may have refused its settings already: then that is the answer
+            # It may have refused its settings already: then that is the answer.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 protocol.send(control, {"op": "policy", "policy": policy})
             # What the first run needs is imported while the engine proves its first cell.
             importlib.import_module("sandboxd.exchange")
-            answer = protocol.receive(control)
+            try:
+                answer = protocol.receive(control)
+            except ConnectionResetError:  # it left our packet unread, which is told once, and before what it had said
+                answer = protocol.receive(control)
         except OSError:
             answer = None
         if answer is None:

@@ -21,11 +21,13 @@ import re
 import socket
 import struct
 import threading
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.errors import ProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CANCEL",
@@ -107,7 +109,9 @@ def sealed(parts: Iterable[Buffer]) -> int:
     return fd
 
 
-def pack(message: dict[str, Any], payload: Sequence[Buffer] = (), filled: int | None = None) -> tuple[list[Buffer], int]:
+def pack(
+    message: dict[str, Any], payload: Sequence[Buffer] = (), filled: int | None = None
+) -> tuple[list[Buffer], int]:
     """The buffers of one packet, and a memfd that goes with it or -1; the caller sends and closes it.
 
     *payload* is one or more buffers. *filled* is instead an unsealed memfd that already holds the payload; it becomes
@@ -157,9 +161,7 @@ def receive(sock: socket.socket, flags: int = 0) -> Packet | None:
     Raises ProtocolError for anything that is not a packet, BlockingIOError when none is there on a non-blocking socket.
     """
     # recv_fds() drops its flags (gh-107898): a descriptor would be open across exec for a moment.
-    data, control, got, _ = sock.recvmsg(
-        INLINE_BYTES + _HEAD.size, socket.CMSG_LEN(4), flags | socket.MSG_CMSG_CLOEXEC
-    )
+    data, control, got, _ = sock.recvmsg(INLINE_BYTES + _HEAD.size, socket.CMSG_LEN(4), flags | socket.MSG_CMSG_CLOEXEC)
     fds = [
         fd
         for level, kind, raw in control

@@ -11,11 +11,9 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 # A child that is another user cannot read them any more where the interpreter lives below somebody's home.
 import sandboxd.exchange
@@ -23,6 +21,10 @@ import sandboxd.result  # noqa: F401
 from sandboxd import Sandbox, protocol
 from sandboxd.client import ps
 from tests import leftovers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
 
 GROUP = "daemon"  # of every Debian, Fedora and Alpine
 START_SECONDS = 30.0
@@ -34,7 +36,7 @@ T = TypeVar("T")
 def directory() -> Iterator[Path]:
     """A directory that others may pass through, which pytest's are not."""
     with tempfile.TemporaryDirectory(prefix="sandboxd-test-") as name:
-        os.chmod(name, 0o711)
+        os.chmod(name, 0o711)  # noqa: S103 (what is the point here)
         yield Path(name)
 
 
@@ -95,9 +97,9 @@ def _toml(value: int | str) -> str:
 
 
 @contextlib.contextmanager
-def served(home: Path, name: str = "sandboxd", **config: int | str) -> Iterator[Served]:
+def served(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str) -> Iterator[Served]:
     """A daemon that is ready; ended by SIGTERM."""
-    daemon = start(home, name, **config)
+    daemon = start(home, name, group, **config)
     try:
         before = daemon.said().count("ready on")
         leftovers.eventually(
@@ -165,7 +167,7 @@ class Raw:
 
 def header(**changes: Any) -> dict[str, Any]:
     """A run's header, of ``pass`` without anything, and *changes*."""
-    plain = {"code_bytes": 4, "stdin_bytes": None, "files": [], "args": [], "env": {}, "limits": {}}
+    plain: dict[str, Any] = {"code_bytes": 4, "stdin_bytes": None, "files": [], "args": [], "env": {}, "limits": {}}
     return {**plain, "language": "python", "filename": "main.py", "stream": False, "results": False, **changes}
 
 

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,9 +56,29 @@ def lives(one: Process) -> bool:
 
 
 def processes() -> dict[int, Process]:
-    """Every process, by pid."""
+    """Every process, by pid. An embedded engine, which is init's child, counts as its owner's."""
     found = (process(int(name)) for name in os.listdir("/proc") if name.isdigit())
-    return {one.pid: one for one in found if one is not None}
+    table = {one.pid: one for one in found if one is not None}
+    for pid, one in table.items():
+        if (owner := _owner(pid)) is not None:
+            table[pid] = replace(one, parent=owner)
+    return table
+
+
+def _owner(pid: int) -> int | None:
+    """Whose engine *pid* is: its descriptor 4 is a pidfd of the caller. None for other processes, and for orphans."""
+    with suppress(OSError):
+        if b"sandboxd.engine.__main__" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            for line in Path(f"/proc/{pid}/fdinfo/4").read_text("ascii").splitlines():
+                if line.startswith("Pid:"):
+                    owner = int(line.split()[1])
+                    return owner if owner > 0 else None
+    return None
+
+
+def engines() -> list[Process]:
+    """The embedded engines of this process."""
+    return [one for one in processes().values() if _owner(one.pid) == os.getpid()]
 
 
 def descendants(root: int, among: dict[int, Process] | None = None) -> list[Process]:

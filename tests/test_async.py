@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +14,10 @@ from sandboxd import AsyncSandbox, Limits
 from sandboxd.errors import Busy, PolicyError, Unavailable
 from tests import daemons, leftovers
 from tests.daemons import SLEEP, Served
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import tempfile
 import textwrap
 import threading
 from contextlib import ExitStack
@@ -30,18 +31,18 @@ CANARY_NAME = "SANDBOXD_TEST_CANARY"
 
 
 @pytest.fixture(scope="module")
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def surroundings() -> Iterator[dict[str, str]]:
     """What the rows aim at, as variables of the cell: places of the host, none of which may be reached."""
-    marker = tmp_path_factory.mktemp("marker") / "marker"
-    marker.write_text("host")
-    for path in (marker, *marker.parents[:3]):
-        path.chmod(path.stat().st_mode | 0o555)
     with (
+        tempfile.TemporaryDirectory() as directory,
         bait() as place,
         pytest.MonkeyPatch.context() as patch,
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.socket(socket.AF_UNIX) as abstract,
     ):
+        marker = Path(directory, "marker")  # not below tmp_path, whose parents every start of pytest closes to others
+        marker.write_text("host")
+        marker.parent.chmod(0o755)
         patch.setenv(CANARY_NAME, secrets.token_hex(16))
         name = f"sandboxd-test-{secrets.token_hex(8)}"
         abstract.bind(f"\0{name}")

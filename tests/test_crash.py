@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from sandboxd import Result, Sandbox
 from sandboxd.errors import ConnectionLost, SandboxError, Unavailable
-from tests import leftovers
+from tests import daemons, leftovers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 LIVE: Final = 20
 LIVE_IN_DAEMON: Final = 50
 SLEEP: Final = "print('here', flush=True)\nimport time\ntime.sleep(120)"
-ORPHANS: Final = "import os, time\nfor _ in range(2):\n    if os.fork() == 0:\n        os.setsid()\nprint('here', flush=True)\ntime.sleep(120)"
+ORPHANS: Final = """
+import os, time
+for _ in range(2):
+    if os.fork() == 0:
+        os.setsid()
+print('here', flush=True)
+time.sleep(120)
+"""
 
 
 class Runs:
@@ -148,20 +153,14 @@ def test_an_engine_may_be_killed_at_any_moment_of_its_start() -> None:
             except SandboxError as error:
                 made.append(error)
 
-        mine = {one.pid for one in leftovers.descendants(os.getpid())}
         thread = threading.Thread(target=start)
         thread.start()
         started.wait()
-        leftovers.eventually(
-            lambda: [one for one in leftovers.descendants(os.getpid()) if one.pid not in mine] or made,  # noqa: B023
-            5,
-            "an engine's process",
-        )
+        leftovers.eventually(lambda: leftovers.engines() or made, 5, "an engine's process")  # noqa: B023
         threading.Event().wait(delay / 1000)  # the moment is what is tried
-        victims = [one for one in leftovers.descendants(os.getpid()) if one.pid not in mine]
-        for one in victims:
-            if one.parent == os.getpid() and leftovers.lives(one):
-                os.kill(one.pid, signal.SIGKILL)
+        victims = [one for engine in leftovers.engines() for one in family(engine.pid)]
+        for engine in leftovers.engines():
+            os.kill(engine.pid, signal.SIGKILL)
         thread.join(10)
         assert not thread.is_alive(), f"killed after {delay} ms: the caller waits for ever"
         (came,) = made
@@ -203,7 +202,7 @@ def test_a_cell_that_is_killed_from_outside_is_told_from_the_others(who: str) ->
         engine = sandbox._engine.pid
         runs = Runs([sandbox], 2)
         runs.wait_until_all_run()
-        nursery, zygote = named(engine, "nursery"), named(engine, "zygote")
+        makers = [one.pid for name in ("nursery", "zygote") for one in named(engine, name)]
         os.kill(named(engine, who)[0].pid, signal.SIGKILL)
         leftovers.eventually(lambda: len(named(engine, who)) == 1, 5, "one cell is gone, the other not")
         os.kill(named(engine, who)[0].pid, signal.SIGKILL)
@@ -211,7 +210,7 @@ def test_a_cell_that_is_killed_from_outside_is_told_from_the_others(who: str) ->
             assert isinstance(end, Result)
             assert (end.status, end.signal, end.stdout) == ("killed", signal.SIGKILL, "here\n")
         assert sandbox.run("print(1)").status == "ok"
-        assert (named(engine, "nursery"), named(engine, "zygote")) == (nursery, zygote)
+        assert [one.pid for name in ("nursery", "zygote") for one in named(engine, name)] == makers
 
 
 # The caller
@@ -270,70 +269,53 @@ def test_a_caller_that_is_stopped_keeps_its_engine_and_goes_on(caller: subproces
 # The daemon
 
 
-class Daemon:
-    """``sandboxd serve`` on a socket of ours."""
-
-    def __init__(self, path: Path, log: Path) -> None:
-        self.path = path
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "sandboxd", "serve", "--socket", str(path)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-            )
-        self._log = log
-
-    def ready(self) -> bool:
-        """Whether it answers. Fails when it has ended."""
-        assert self.process.poll() is None, self._log.read_text()[-2000:]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            return probe.connect_ex(str(self.path)) == 0
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        """Signal it and wait for its end."""
-        self.process.send_signal(number)
-        return self.process.wait(15)
-
-
 @pytest.mark.usefixtures("clean")
-def test_a_daemon_that_is_killed_under_load_starts_again_as_if_nothing_had_been(tmp_path: Path) -> None:
+def test_a_daemon_that_is_killed_under_load_starts_again_as_if_nothing_had_been() -> None:
     before = leftovers.snapshot()
-    config = tmp_path / "config.toml"
-    config.write_text(f"max_running = {LIVE_IN_DAEMON}\n")
-    path = tmp_path / "run" / "sandboxd.sock"
-    path.parent.mkdir(mode=0o750)
-    files = set(path.parent.iterdir())
-    first = Daemon(path, tmp_path / "log")
-    try:
-        leftovers.eventually(first.ready, 20, "the daemon is ready")
-        clients = [Sandbox.connect(f"unix:{path}") for _ in range(5)]
-        runs = Runs(clients, LIVE_IN_DAEMON)
-        runs.wait_until_all_run()
-        victims = family(first.process.pid)
-        first.end(signal.SIGKILL)
-        for end in runs.ends():
-            assert isinstance(end, ConnectionLost)
-            assert end.may_have_started
-        leftovers.eventually(lambda: all_gone(victims), 5, "every process is gone")
-    finally:
-        first.process.kill()
-        first.process.wait()
-    second = Daemon(path, tmp_path / "log")
-    try:
-        leftovers.eventually(second.ready, 20, "the second daemon is ready")
-        # The same handles go on: each run has a connection, and the old ones are known to be dead.
-        for client in clients:
-            try:
-                result = client.run("print(1)")
-            except ConnectionLost as error:
-                assert not error.may_have_started  # noqa: PT017
-                result = client.run("print(1)")
-            assert result.status == "ok"
-            client.close()
-        assert second.end() == 0
-    finally:
-        second.process.kill()
-        second.process.wait()
-    assert set(path.parent.iterdir()) - {path} == files
+    with daemons.directory() as home:
+        first = daemons.start(home, max_running=LIVE_IN_DAEMON)
+        try:
+            leftovers.eventually(lambda: _answers(first), 20, "the daemon is ready")
+            files = {path for path in home.rglob("*") if path != first.path}
+            clients = [first.sandbox() for _ in range(5)]
+            runs = Runs(clients, LIVE_IN_DAEMON)
+            runs.wait_until_all_run()
+            victims = family(first.pid)
+            assert len(victims) >= 3 + 2 * LIVE_IN_DAEMON
+            first.end(signal.SIGKILL)
+            for end in runs.ends():
+                assert isinstance(end, ConnectionLost)
+                assert end.may_have_started
+            leftovers.eventually(lambda: all_gone(victims), 5, "every process is gone")
+        finally:
+            first.process.kill()
+            first.process.wait()
+        second = daemons.start(home, max_running=LIVE_IN_DAEMON)
+        try:
+            leftovers.eventually(lambda: _answers(second), 20, "the second daemon is ready")
+            # The same handles go on; what the first daemon's connections are good for is found out by trying.
+            for client in clients:
+                leftovers.eventually(lambda: _runs(client), 5, "a run by the second daemon")  # noqa: B023
+                client.close()
+            assert second.end() == 0
+        finally:
+            second.process.kill()
+            second.process.wait()
+        assert {path for path in home.rglob("*") if path != second.path} <= files
     leftovers.assert_nothing_new(before)
+
+
+def _answers(daemon: daemons.Served) -> bool:
+    assert daemon.process.poll() is None, daemon.said()[-2000:]
+    try:
+        return daemon.serves()
+    except (Unavailable, ConnectionLost):
+        return False
+
+
+def _runs(client: Sandbox) -> bool:
+    try:
+        return client.run("print(1)").status == "ok"
+    except ConnectionLost as error:
+        assert not error.may_have_started  # noqa: PT017 - it ends a loop, it is not what is expected
+        return False

@@ -12,20 +12,23 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
 from sandboxd import Limits, Result, Sandbox, daemon, protocol
 from sandboxd.client import parse_address
+from sandboxd.engine import core
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, Unavailable
 from tests import daemons, leftovers
 from tests.daemons import SLEEP, Child, Served, as_user
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 MEMBER, STRANGER = 61_001, 61_002
 GID = grp.getgrnam(daemons.GROUP).gr_gid
@@ -295,6 +298,51 @@ def test_uids_take_turns_in_the_queue() -> None:
         return served
 
     assert asyncio.run(order()) == ["greedy", "modest", "third", "greedy", "modest", "greedy"]
+
+
+def test_a_policy_that_fails_is_not_tried_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "RESTART_SECONDS", 0.1)
+    tries = 0
+
+    async def fail(*_: object) -> NoReturn:
+        nonlocal tries
+        tries += 1
+        raise Unavailable("zygote", None, "")
+
+    async def main() -> None:
+        engine = Engine(EngineConfig())
+        monkeypatch.setattr(engine, "_make", fail)
+        for _ in range(20):
+            with pytest.raises(Unavailable):
+                await engine.prepared("x", {})
+        assert tries == 1
+        async with asyncio.timeout(5):
+            while tries == 1:
+                with pytest.raises(Unavailable):
+                    await engine.prepared("x", {})
+                await asyncio.sleep(0.01)
+
+    asyncio.run(main())
+
+
+def test_who_leaves_while_a_policy_is_made_ready_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        engine, go = Engine(EngineConfig()), asyncio.Event()
+
+        async def make(*_: object) -> str:
+            await go.wait()
+            return "made"
+
+        monkeypatch.setattr(engine, "_make", make)
+        first, second = (asyncio.create_task(engine.prepared("x", {})) for _ in range(2))
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        assert await second == "made"  # type: ignore[comparison-overlap]
+        assert first.cancelled()
+
+    asyncio.run(main())
 
 
 def test_what_one_uid_keeps_in_memory_is_bounded() -> None:

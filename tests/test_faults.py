@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from sandboxd import Limits, Sandbox
-from sandboxd.errors import ConnectionLost, SandboxError, Unavailable
+from sandboxd import Sandbox
+from sandboxd.errors import ConnectionLost, Unavailable
 from sandboxd.syscalls import NUMBERS
 from tests import leftovers
 from tests.interpose import Fault, Interposed, Role, Seen
@@ -24,7 +24,7 @@ from tests.interpose import Fault, Interposed, Role, Seen
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-CALLS: Final = (
+CALLS: Final = (  # noqa: SIM905 - as fifty lines it would read no better
     "capset chdir clone3 close_range dup2 dup3 epoll_create1 eventfd2 execve execveat fchdir fchown flock fsconfig "
     "fsmount fsopen landlock_add_rule landlock_create_ruleset landlock_restrict_self memfd_create mkdir mkdirat mount "
     "mount_setattr move_mount open_tree openat2 pidfd_open pipe2 pivot_root prctl prlimit64 rmdir seccomp sendfile "
@@ -32,6 +32,7 @@ CALLS: Final = (
     "unshare"
 ).split()
 
+ALWAYS: Final = 1 << 20
 PROGRAM: Final = "open('made.txt', 'w').write('x')\nprint(6 * 7)"
 
 # Stage by role and call. A number picks one of several calls of that name.
@@ -91,16 +92,17 @@ TOLERATED: Final[dict[tuple[str, str], str]] = {
 
 
 def chosen(seen: Iterable[Seen], role: Role, few: int = 5) -> list[Seen]:
-    """*role*'s calls: the first and the last of each name, and all where there are few."""
+    """*role*'s calls: the first and the last of each name (only the first if *few* is 0), all where they are few."""
     calls = [one for one in seen if one.role == role]
     last = {one.name: one.nth for one in calls}
-    return [one for one in calls if last[one.name] <= few or one.nth in (1, last[one.name])]
+    return [one for one in calls if last[one.name] <= few or one.nth == 1 or (few and one.nth == last[one.name])]
 
 
 def told(answer: dict[str, Any]) -> str:
     """What came of a run or a start, in a word."""
     if "kind" in answer:
-        return f"{answer['kind']}({answer.get('stage')}, {errno.errorcode.get(answer.get('errno') or 0)}): {answer.get('message')}"
+        number = errno.errorcode.get(answer.get("errno") or 0)
+        return f"{answer['kind']}({answer.get('stage')}, {number}): {answer.get('message')}"
     return f"result {answer.get('status')}: {answer.get('stdout')!r}" if "status" in answer else str(answer)
 
 
@@ -108,7 +110,7 @@ def family(worker: int) -> dict[str, tuple[int, int]]:
     """Processes below *worker* and their descriptors, counted by name: what must be as before after each fault."""
     counts: dict[str, tuple[int, int]] = {}
     for index, one in enumerate(leftovers.descendants(worker)):
-        name = f"{one.name.removeprefix('memfd:')} {'engine' if index == 0 else one.state in 'ZX' and 'zombie' or ''}"
+        name = f"{one.name.removeprefix('memfd:')}{' engine' if index == 0 else ''}{' zombie' * (one.state in 'ZX')}"
         many, fds = counts.get(name, (0, 0))
         counts[name] = many + 1, fds + len(leftovers.fds(one.pid))
     return counts
@@ -270,7 +272,7 @@ def test_the_death_of_a_zygote_while_it_makes_a_cell_costs_that_run_only(
 # The steps of a start
 
 START_STAGES: Final[dict[tuple[str, str], str]] = {
-    **{("worker", name): "engine" for name in ("socketpair", "pidfd_open", "clone3")},
+    **{("worker", name): "engine" for name in ("socketpair", "pidfd_open", "clone3", "pipe2")},
     **{("engine", name): "engine" for name in ("dup2", "close_range", "execve", "socketpair", "prctl:dumpable")},
     **{("engine", name): "engine" for name in ("pipe2", "memfd_create", "pidfd_open", "epoll_create1")},
     ("engine", "prlimit64"): "engine",
@@ -340,20 +342,26 @@ def start_steps(starter: Interposed) -> list[Seen]:
 def test_no_engine_serves_that_lacks_one_of_its_steps(starter: Interposed, start_steps: list[Seen], role: Role) -> None:
     wrong = []
     root = [one for one in start_steps if one.role == "nursery" and one.name in ("fsopen", "fsconfig", "fsmount")]
-    for step in chosen(start_steps, role, few=2):
-        fault = Fault(role, step.name, step.nth, number=errno.EPERM)
+    for step in chosen(start_steps, role, few=2 if role in ("worker", "engine") else 0):
+        # From that call on: a zygote that was begun before its policy was known is made again when that failed.
+        fault = Fault(
+            role, step.name, step.nth, number=errno.EPERM, times=1 if role in ("worker", "engine") else ALWAYS
+        )
         starter.arm(fault)
         answer = starter.start()
         starter.arm(None)
-        assert fault.hits == 1, f"{fault} did not strike: {told(answer)}"
+        assert fault.hits, f"{fault} did not strike: {told(answer)}"
         stage = START_STAGES.get((role, step.name))
         if step in root or (role, step.name) == ("nursery", "move_mount"):
             stage = "root" if step.nth == 1 else "mounts"
+        allowed = {stage}
+        if (role, step.name) == ("engine", "clone3"):
+            allowed = {"engine", "clone"}  # the engine itself, then its threads, then the nursery
         served = "engine" in answer
         if served and (role, step.name) in START_TOLERATED:
             assert starter.run(PROGRAM).get("status") == "ok", fault
             continue
-        if served or (answer.get("kind"), answer.get("stage")) != ("Unavailable", stage):
+        if served or answer.get("kind") != "Unavailable" or answer.get("stage") not in allowed:
             wrong.append(f"{fault}: {told(answer)}, should be stage {stage}")
         if not served:
             # A failed start has ended everything that it made before it says so.
@@ -376,10 +384,10 @@ def test_no_engine_serves_that_lacks_one_of_its_steps(starter: Interposed, start
         ("cell", "setresuid", 1, 1),
         ("cell", "seccomp", 1, 1),
         ("cell", "landlock_restrict_self", 1, 1),
-        ("zygote", "prctl:bounding", 1, 64),
-        ("nursery", "mount_setattr", 1, 64),
-        ("nursery", "umount2", 1, 1),
-        ("nursery", "pivot_root", 1, 1),
+        ("zygote", "prctl:bounding", 1, ALWAYS),
+        ("nursery", "mount_setattr", 1, ALWAYS),
+        ("nursery", "umount2", 1, ALWAYS),
+        ("nursery", "pivot_root", 1, ALWAYS),
     ],
 )
 def test_a_wall_that_only_seems_to_be_up_is_not_served(
@@ -392,6 +400,7 @@ def test_a_wall_that_only_seems_to_be_up_is_not_served(
     starter.arm(None)
     assert fault.hits
     assert answer.get("kind") == "Unavailable", told(answer)
+    assert answer.get("stage") != "engine", told(answer)  # it would not have come as far as that
     assert_family(starter.worker.pid, {}, fault)
 
 
@@ -425,7 +434,7 @@ def test_a_process_out_of_descriptors_fails_runs_by_name_and_recovers(who: str) 
         for _ in range(2):
             assert serves()
         before = len(leftovers.fds(root)), len(leftovers.descendants(root))
-        outcomes = set()
+        outcomes: set[str] = set()
         for room in range(24):
             pid = target()
             usual = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]

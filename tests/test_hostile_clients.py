@@ -15,9 +15,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,10 +25,14 @@ from hypothesis import strategies as st
 from sandboxd import protocol
 from sandboxd.engine import connection
 from sandboxd.engine.connection import Connection
-from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, ConnectionLost, ProtocolError
 from tests import daemons, leftovers
 from tests.daemons import Raw, Served, as_user, header, request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sandboxd.engine.core import Engine
 
 HOSTILE = 61_003
 GID = grp.getgrnam(daemons.GROUP).gr_gid
@@ -48,8 +51,9 @@ def unharmed(served: Served) -> Iterator[None]:
     """After each test the daemon serves, runs nothing, and holds the descriptors and threads that it held before."""
 
     def open_there() -> dict[int, str]:
-        # The leaf of a slot that was used stays open: the engine's own, and as many as there are slots.
-        return {fd: link for fd, link in leftovers.fds(served.pid).items() if "/sandboxd." not in link}
+        # The leaf of a slot that was used stays open, as many as there are slots; on v1 with an eventfd for its OOM.
+        own = ("/sandboxd.", "[eventfd]")
+        return {fd: link for fd, link in leftovers.fds(served.pid).items() if not any(word in link for word in own)}
 
     def threads() -> int:
         return len(os.listdir(f"/proc/{served.pid}/task"))
@@ -269,7 +273,7 @@ def test_a_json_bomb_costs_little(served: Served, text: bytes) -> None:
     st.builds(lambda value: packet(json.dumps(value).encode()), st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-            st.sampled_from(["op", "policy", "run", "code_bytes", "files", "limits"]) | st.text(max_size=5), inner, max_size=5,
+            st.sampled_from(["op", "policy", "run", "code_bytes", "files"]) | st.text(max_size=5), inner, max_size=5,
         ),
         max_leaves=12,
     )),
@@ -529,7 +533,7 @@ def test_large_programs_of_one_uid_wait_outside(served: Served) -> None:
     code = b"import time; time.sleep(20) #" + "é".encode() * (8 * MIB - 64)
 
     def queue() -> list[str]:
-        answers = []
+        answers: list[str] = []
         with contextlib.ExitStack() as stack:
             clients = [stack.enter_context(Raw(served)) for _ in range(6)]
             for raw in clients:

@@ -1,15 +1,19 @@
 """Every limit, met by a program that does not stop by itself: ended or contained there, with the evidence named."""
 
+# ruff: noqa: E501 - a program of a table stands on one line
+
 from __future__ import annotations
 
 import textwrap
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from sandboxd import Limits, Result, Sandbox
-from sandboxd.result import LimitHit
+
+if TYPE_CHECKING:
+    from sandboxd.result import LimitHit
 
 LEEWAY_SECONDS = 2.0
 """What ends at a limit is over this much later at the latest, as the caller's clock sees it."""
@@ -124,7 +128,7 @@ def test_a_program_that_forges_its_end_does_not_outlive_it(sandbox: Sandbox) -> 
 
 @pytest.mark.parametrize(
     "frame",
-    ["b'x'", "b'{}'", "b'[' * 100000", "b'x' * 200000", "b'{\"exit_code\": 999, \"error\": null, \"results\": []}'"],
+    ["b'x'", "b'{}'", "b'[' * 100000", "b'x' * 200000", 'b\'{"exit_code": 999, "error": null, "results": []}\''],
 )
 def test_a_flood_of_nonsense_on_our_channel_changes_nothing(sandbox: Sandbox, frame: str) -> None:
     code = f"""
@@ -332,7 +336,9 @@ def test_a_deep_tree_is_walked_without_harm(sandbox: Sandbox) -> None:
         pytest.param("f = open('big', 'wb', buffering=0)\nwhile True: f.write(bytes(1 << 20))", id="written"),
         pytest.param("f = open('big', 'wb', buffering=0)\nf.seek(10 << 30); f.write(b'x')", id="sparse"),
         pytest.param("open('big', 'wb').truncate(10 << 30)", id="truncated"),
-        pytest.param("import os; os.posix_fallocate(os.open('big', os.O_RDWR | os.O_CREAT), 0, 10 << 30)", id="fallocated"),
+        pytest.param(
+            "import os; os.posix_fallocate(os.open('big', os.O_RDWR | os.O_CREAT), 0, 10 << 30)", id="fallocated"
+        ),
     ],
 )
 def test_a_file_of_10_gb(sandbox: Sandbox, code: str) -> None:
@@ -377,7 +383,9 @@ def test_a_bomb_of_processes_or_threads(sandbox: Sandbox, code: str) -> None:
 
 
 def test_a_thread_that_cannot_start_is_an_error_with_the_limit_named(sandbox: Sandbox) -> None:
-    code = "import threading\nfor _ in range(1000): threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    code = (
+        "import threading\nfor _ in range(1000): threading.Thread(target=threading.Event().wait, daemon=True).start()"
+    )
     result = inside(sandbox, code, pids=16, wall_seconds=10)
     assert result.status == "error"
     assert result.error is not None
@@ -454,8 +462,10 @@ def test_a_gigabyte_of_output_ends_the_run(sandbox: Sandbox, stream: int) -> Non
     head, _, tail = text.partition(marker)
     assert len(head) == len(tail) == MIB // 2
     assert head.startswith("0123456789abcde\n")
-    assert 8 * MIB < dropped + len(head) + len(tail) < 9 * MIB
-    other = (result.stderr, result.stderr_dropped_bytes) if stream == 1 else (result.stdout, result.stdout_dropped_bytes)
+    assert 8 * MIB < dropped + len(head) + len(tail) <= 8 * MIB + (256 << 10)  # a read and a full pipe more
+    other = (
+        (result.stderr, result.stderr_dropped_bytes) if stream == 1 else (result.stdout, result.stdout_dropped_bytes)
+    )
     assert other == ("", 0)
 
 

@@ -34,6 +34,8 @@ OWN_OOM = replace(QUIET, oom_kills=1, memory_limit_hits=3)
 HOST_OOM = replace(QUIET, oom_kills=1)
 CPU_SPENT = replace(QUIET, cpu_usec=60_000_000)
 
+NO_WALL = {**defaults(), "wall_seconds": None}
+
 EXIT = os.CLD_EXITED
 KILL = os.CLD_KILLED
 DUMP = os.CLD_DUMPED
@@ -93,7 +95,7 @@ TABLE: list[tuple[str, dict[str, Any], tuple[str, int | None, int | None]]] = [
     ("output-with-the-wall-reached", {"cause": "output", "run_seconds": 30.1}, ("timeout", None, 9)),
     ("memory-with-the-wall-reached", {"counters": OWN_OOM, "run_seconds": 30.1}, ("timeout", None, 9)),
     ("ok-with-the-wall-reached", {"finished": finished(), "run_seconds": 30.1}, ("ok", 0, None)),
-    ("cpu-without-a-wall", {"cause": "cpu", "run_seconds": 1e6, "limits": {**defaults(), "wall_seconds": None}}, ("cpu", None, 9)),
+    ("cpu-without-a-wall", {"cause": "cpu", "run_seconds": 1e6, "limits": NO_WALL}, ("cpu", None, 9)),
     ("memory-and-cpu", {"cause": "cpu", "counters": OWN_OOM}, ("memory", None, 9)),
     # the caller, and the engine's own
     ("cancelled", {"cause": "cancelled", "wait": (KILL, 9)}, ("cancelled", None, 9)),

@@ -1,5 +1,7 @@
 """Programs that do what programs do: a run must look from inside as ``python main.py`` does, and end as it would."""
 
+# ruff: noqa: E501, RUF001 - foreign letters are what is tried; a program of a table stands on one line
+
 from __future__ import annotations
 
 import hashlib
@@ -11,9 +13,6 @@ from typing import Any
 import pytest
 
 from sandboxd import Limits, Result, Sandbox
-
-LEEWAY_SECONDS = 2.0
-"""What ends at a limit is over this much later at the latest, as the caller's clock sees it."""
 
 
 def inside(sandbox: Sandbox, code: str, **arguments: Any) -> Result:
@@ -215,7 +214,9 @@ def test_multiprocessing(sandbox: Sandbox, method: str) -> None:
 
 def test_200_kb_of_source(sandbox: Sandbox) -> None:
     lines = [f"value_{n} = {n}  # filler to make the line longer" for n in range(4500)]
-    source = "\n".join([*lines, "print(sum(v for k, v in list(globals().items()) if k.startswith('value_')))", "value_4499"])
+    source = "\n".join(
+        [*lines, "print(sum(v for k, v in list(globals().items()) if k.startswith('value_')))", "value_4499"]
+    )
     assert len(source) > 200_000
     result = sandbox.run(source)
     assert (result.status, result.stdout) == ("ok", f"{sum(range(4500))}\n")
@@ -268,10 +269,16 @@ def test_arguments_are_data(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize(
     "args",
-    [pytest.param(["\x01" * 130_000], id="one"), pytest.param(["a"] * 65_000, id="many"), pytest.param(["ü" * 60_000], id="wide")],
+    [
+        pytest.param(["\x01" * 130_000], id="one"),
+        pytest.param(["a"] * 65_000, id="many"),
+        pytest.param(["ü" * 60_000], id="wide"),
+    ],
 )
 def test_as_many_arguments_as_are_allowed(sandbox: Sandbox, args: list[str]) -> None:
-    code = "import sys, hashlib; print(len(sys.argv) - 1, hashlib.sha256('\\0'.join(sys.argv[1:]).encode()).hexdigest())"
+    code = (
+        "import sys, hashlib; print(len(sys.argv) - 1, hashlib.sha256('\\0'.join(sys.argv[1:]).encode()).hexdigest())"
+    )
     digest = hashlib.sha256("\0".join(args).encode()).hexdigest()
     assert sandbox.run(code, args=args).stdout == f"{len(args)} {digest}\n"
 
@@ -545,7 +552,9 @@ def test_a_signal_of_its_own_is_killed_with_that_signal(sandbox: Sandbox, code: 
 
 
 def test_a_segfault_leaves_the_lines_before_it(sandbox: Sandbox) -> None:
-    result = sandbox.run("for n in range(1000): print(n)\nprint('unfinished', end='')\nimport ctypes; ctypes.string_at(0)")
+    result = sandbox.run(
+        "for n in range(1000): print(n)\nprint('unfinished', end='')\nimport ctypes; ctypes.string_at(0)"
+    )
     assert result.stdout == "".join(f"{n}\n" for n in range(1000))
 
 
@@ -561,7 +570,9 @@ def test_init_cannot_be_signalled(sandbox: Sandbox) -> None:
     "child",
     [
         pytest.param("import signal; signal.pause()", id="waits"),
-        pytest.param("import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()", id="ignores-sigterm"),
+        pytest.param(
+            "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.pause()", id="ignores-sigterm"
+        ),
         pytest.param("import os, signal; os.setsid(); signal.pause()", id="own-session"),
         pytest.param("while True: pass", id="spins"),
         pytest.param("import time\nwhile True: print('x'); time.sleep(0.01)", id="writes"),
@@ -621,7 +632,14 @@ def test_random_state_differs_when_the_zygote_drew_from_it() -> None:
 
     preload = ["random", "numpy.random", "tempfile", "uuid", "secrets", "ssl"]
     warmup = "import random, numpy, tempfile, uuid, ssl\n" + "\n".join(
-        ["random.random()", "numpy.random.random()", "tempfile.mktemp()", "uuid.uuid1()", "uuid.uuid4()", "ssl.RAND_bytes(8)"]
+        [
+            "random.random()",
+            "numpy.random.random()",
+            "tempfile.mktemp()",
+            "uuid.uuid1()",
+            "uuid.uuid4()",
+            "ssl.RAND_bytes(8)",
+        ]
     )
     policy = Policy.model_validate({"name": "warm", "runtime": {"preload": preload, "warmup": warmup}})
     code = (

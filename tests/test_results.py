@@ -109,7 +109,9 @@ def test_the_last_expression_is_a_result(sandbox: Sandbox, code: str, shown: str
     assert [one.mime for one in result.results] == [{"text/plain": shown}]
 
 
-@pytest.mark.parametrize("code", ["None", "x = 1", "print(1)", "", "for x in [1]: x", "5\npass", "5; x = 6", "def f(): 5"])
+@pytest.mark.parametrize(
+    "code", ["None", "x = 1", "print(1)", "", "for x in [1]: x", "5\npass", "5; x = 6", "def f(): 5"]
+)
 def test_no_last_expression_no_result(sandbox: Sandbox, code: str) -> None:
     result = sandbox.run(code)
     assert (result.status, result.results) == ("ok", [])
@@ -168,7 +170,7 @@ def test_input_files_arrive_from_every_kind_of_source(sandbox: Sandbox, tmp_path
         for path in ("a.txt", "b/c/d.bin", "e.bin", "leer", "ü 🙂.txt"):
             facts = os.stat(path)
             assert (facts.st_uid, facts.st_gid) == (os.getuid(), os.getgid())
-            print(path, open(path, "rb").read()[:20], facts.st_size, oct(facts.st_mode & 0o777))
+            print(path, open(path, "rb").read()[:8], facts.st_size, oct(facts.st_mode & 0o777))
         print(os.listdir("b"), os.access("b", os.W_OK))
         """,
         files={"a.txt": "täxt", "b/c/d.bin": b"\0\1", "e.bin": host, "leer": b"", "ü 🙂.txt": "x"},
@@ -177,7 +179,7 @@ def test_input_files_arrive_from_every_kind_of_source(sandbox: Sandbox, tmp_path
     assert result.stdout == textwrap.dedent("""\
         a.txt b't\\xc3\\xa4xt' 5 0o644
         b/c/d.bin b'\\x00\\x01' 2 0o644
-        e.bin b'\\x00\\x01\\x02\\x03\\x04\\x05\\x06\\x07\\x08\\t\\n\\x0b\\x0c\\r\\x0e\\x0f\\x10\\x11\\x12\\x13' 256 0o644
+        e.bin b'\\x00\\x01\\x02\\x03\\x04\\x05\\x06\\x07' 256 0o644
         leer b'' 0 0o644
         ü 🙂.txt b'x' 1 0o644
         ['c'] True
@@ -222,7 +224,9 @@ def test_a_module_among_the_inputs_is_imported(sandbox: Sandbox) -> None:
 
 
 def test_ten_files_are_listed_sorted_and_fetched(sandbox: Sandbox) -> None:
-    code = "import os\nos.makedirs('d/e')\nfor n in range(10): open(f'd/e/{n}' if n % 2 else f'f{n}', 'w').write('x' * n)"
+    code = (
+        "import os\nos.makedirs('d/e')\nfor n in range(10): open(f'd/e/{n}' if n % 2 else f'f{n}', 'w').write('x' * n)"
+    )
     result = sandbox.run(code)
     assert contents(result) == {(f"d/e/{n}" if n % 2 else f"f{n}"): b"x" * n for n in range(10)}
     assert [file.path for file in result.files] == sorted(file.path for file in result.files)
@@ -248,8 +252,8 @@ CHANGES = [  # what the program does to in.txt, and what is listed then
     ("same-length", "open('in.txt', 'w').write('INPUT')", {"in.txt": b"INPUT"}),
     ("same-length-and-mtime", "import os; s = os.stat('in.txt'); open('in.txt', 'w').write('INPUT')\n"
      "os.utime('in.txt', ns=(s.st_atime_ns, s.st_mtime_ns))", {"in.txt": b"INPUT"}),
-    ("in-place-by-mmap", "import mmap; f = open('in.txt', 'r+b'); m = mmap.mmap(f.fileno(), 0); m[:] = b'INPUT'; m.close()\n"
-     "import os; s = os.stat('in.txt'); os.utime('in.txt', ns=(0, 0))", {"in.txt": b"INPUT"}),
+    ("in-place-by-mmap", "import mmap; f = open('in.txt', 'r+b'); m = mmap.mmap(f.fileno(), 0)\n"
+     "m[:] = b'INPUT'; m.close(); import os; os.utime('in.txt', ns=(0, 0))", {"in.txt": b"INPUT"}),
     ("replaces", "import os; open('new', 'w').write('input'); os.replace('new', 'in.txt')", {"in.txt": b"input"}),
     ("renames", "import os; os.rename('in.txt', 'out.txt')", {"out.txt": b"input"}),
     ("deletes", "import os; os.remove('in.txt')", {}),
@@ -287,7 +291,9 @@ def test_what_is_no_plain_file_is_counted_as_skipped(sandbox: Sandbox, code: str
 
 
 def test_an_unreadable_file_is_the_programs_all_the_same(sandbox: Sandbox) -> None:
-    code = "import os\nos.mkdir('d')\nopen('d/f', 'w').write('x')\nos.chmod('d/f', 0)\nos.chmod('d', 0)\nos.chmod('.', 0)"
+    code = (
+        "import os\nos.mkdir('d')\nopen('d/f', 'w').write('x')\nos.chmod('d/f', 0)\nos.chmod('d', 0)\nos.chmod('.', 0)"
+    )
     assert contents(sandbox.run(code)) == {"d/f": b"x"}
 
 
@@ -322,7 +328,9 @@ def test_files_are_read_after_the_sandbox_closed_and_not_after_the_result_did() 
 
 
 def test_files_with_much_output(sandbox: Sandbox) -> None:
-    result = sandbox.run("print('o' * 500_000); import sys; print('e' * 400_000, file=sys.stderr); open('f', 'w').write('file')")
+    result = sandbox.run(
+        "print('o' * 500_000); import sys; print('e' * 400_000, file=sys.stderr); open('f', 'w').write('file')"
+    )
     assert (len(result.stdout), len(result.stderr), contents(result)) == (500_001, 400_001, {"f": b"file"})
 
 
@@ -330,7 +338,9 @@ def test_files_with_much_output(sandbox: Sandbox) -> None:
 
 
 def test_a_run_may_narrow_its_limits(sandbox: Sandbox) -> None:
-    code = "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_FSIZE))"
+    code = (
+        "import resource; print(resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_FSIZE))"
+    )
     assert sandbox.run(code, limits=Limits(open_files=20, file_bytes=1000)).stdout == "(20, 20) (1000, 1000)\n"
     assert sandbox.run(code).stdout == f"(256, 256) ({512 << 20}, {512 << 20})\n"
 

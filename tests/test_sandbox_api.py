@@ -12,10 +12,9 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
@@ -23,7 +22,8 @@ from sandboxd import Limits, Policy, Result, Sandbox
 from tests.leftovers import assert_nothing_new, descendants, eventually, lives, snapshot
 from tests.test_results import live_runs
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 LEEWAY_SECONDS = 2.0
 ENDLESS = "print('begun', flush=True)\nwhile True: pass"
@@ -56,7 +56,7 @@ class Running(threading.Thread):
         except BaseException as error:
             self.outcome = error
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> Self:
         self.start()
         assert self.begun.wait(15)
         return self
@@ -120,7 +120,9 @@ def test_only_one_callback(sandbox: Sandbox) -> None:
     assert (result.stdout, "".join(got)) == ("o\n", "e\n")
 
 
-@pytest.mark.parametrize("raised", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "raised", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__
+)
 def test_an_exception_of_a_callback_kills_the_run_and_is_raised(sandbox: Sandbox, raised: BaseException) -> None:
     def callback(text: str) -> None:
         raise raised
@@ -511,7 +513,7 @@ def facts() -> dict[str, Any]:
         "cwd": os.getcwd(),
         "environment": dict(os.environ),
         "signals": [status[name] for name in ("SigBlk", "SigIgn", "SigCgt")],
-        "handlers": [signal.getsignal(number) for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGPIPE)],
+        "handlers": [signal.getsignal(number) for number in sorted(signal.valid_signals())],
         "cgroup": Path("/proc/self/cgroup").read_text("ascii"),
         "dumpable": os.stat("/proc/self/fd").st_uid,
         "no-new-privs": status["NoNewPrivs"],
@@ -582,7 +584,8 @@ def test_strange_surroundings_of_the_caller_do_not_reach_the_cell(tmp_path: Path
     os.umask(0o777)
     signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 32))
     for number in (signal.SIGTERM, signal.SIGPIPE, signal.SIGUSR1): signal.signal(number, signal.SIG_IGN)
-    os.environ.update(PYTHONHOME="/nowhere", PYTHONPATH="/nowhere", LD_PRELOAD="", LANG="xx", TMPDIR="/nowhere", TZ="EST5")
+    os.environ.update(PYTHONHOME="/nowhere", PYTHONPATH="/nowhere", LD_PRELOAD="", LANG="xx")
+    os.environ.update(TMPDIR="/nowhere", TZ="EST5")
     secret = os.open("/etc/passwd", os.O_RDONLY); os.set_inheritable(secret, True)
     import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     from sandboxd import Sandbox

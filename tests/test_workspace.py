@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from sandboxd.engine import workspace
 from sandboxd.errors import InvalidRequest
+from tests.leftovers import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 UID = 12345
 
@@ -102,6 +107,14 @@ def test_a_time_that_was_set_back_hides_no_change(place: Path, fd: int) -> None:
     (place / "f").write_bytes(b"2")
     os.utime(place / "f", ns=(before.st_atime_ns, before.st_mtime_ns))
     assert taken(fd, known) == ({"f": b"2"}, 0)
+
+
+@needs_root
+def test_a_program_begins_when_a_change_would_show(fd: int) -> None:
+    known = put(fd, f=b"1")
+    eventually(lambda: workspace.settled(known), 2, "the clock of ctime goes on")
+    assert not workspace.settled({**known, "later": (1, time.time_ns() + 10**9)})
+    assert workspace.settled({})
 
 
 @needs_root

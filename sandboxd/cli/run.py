@@ -208,7 +208,8 @@ def execute(job: Job, given: dict[str, Any], limits: dict[str, Any], directory: 
         with open_sandbox(given["policy"], given["connect"], limits) as sandbox:
             result = sandbox.run(
                 job.source,
-                **({} if job.filename is None else {"filename": job.filename}),
+                filename=job.filename or "main.py",
+                results=job.filename is None,
                 args=job.args,
                 files=job.files,
                 stdin=job.stdin,

@@ -19,6 +19,6 @@ __all__ = ["serve"]
 @click.pass_context
 def serve(ctx: click.Context, socket_path: str | None, config_path: str | None) -> None:
     """Run the daemon on a Unix socket, in the foreground, until a signal ends it."""
-    from sandboxd import daemon
+    from sandboxd.daemon import main
 
-    ctx.exit(daemon.main(config_path, socket_path))
+    ctx.exit(main(config_path, socket_path))

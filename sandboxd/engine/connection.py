@@ -13,22 +13,24 @@ import json
 import logging
 import os
 import re
-import socket
-from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
-from sandboxd.engine.core import Engine
 from sandboxd.engine.life import State
 from sandboxd.engine.prepared import Prepared
-from sandboxd.engine.run import CellRun
-from sandboxd.engine.workspace import Collected
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.limits import shown
-from sandboxd.protocol import Packet
 from sandboxd.waiting import readable, writable
 from sandboxd.wire import Run, parse_header
+
+if TYPE_CHECKING:
+    import socket
+
+    from sandboxd.engine.core import Engine
+    from sandboxd.engine.run import CellRun
+    from sandboxd.engine.workspace import Collected
+    from sandboxd.protocol import Packet
 
 __all__ = ["Connection"]
 
@@ -36,9 +38,6 @@ log = logging.getLogger("sandboxd.engine")
 
 HELLO_SECONDS: Final = 10.0
 SEND_SECONDS: Final = 30.0
-BACKLOG_BYTES: Final = 256 << 10
-"""Output that waits for a slow reader; beyond it the program's pipes are not read."""
-_LOOK_SECONDS: Final = 0.25
 _SHOWN_KEYS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
@@ -64,9 +63,6 @@ class Connection:
         self._sees_all = sees_all
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
-        self._backlog: deque[tuple[int, bytes]] = deque()
-        self._backlog_bytes = 0
-        self._flusher: asyncio.Task[None] | None = None
         self._lost = False
         sock.setblocking(False)
 
@@ -134,15 +130,11 @@ class Connection:
                 packet.message = message = {}
                 await self._execute(name, request)
         except (PolicyError, InvalidRequest, Busy) as error:
-            # Its frames and its cause hold the payload: a mapping, which holds a descriptor.
-            error.__traceback__ = error.__context__ = None
             await self._refuse(error)
 
     async def _execute(self, name: str | None, request: Run) -> None:
         """Run *request* and answer, with an eye on the client: when it speaks or leaves, the run ends."""
         self._lost = False
-        self._backlog.clear()
-        self._backlog_bytes = 0
         started: list[CellRun] = []
 
         async def emit(stream: int, data: bytes) -> None:
@@ -175,9 +167,6 @@ class Connection:
             if gone:
                 raise _Gone("in the middle of its run")
         finally:
-            if self._flusher is not None and not self._flusher.done():
-                self._lost = True
-                self._flusher.cancel()
             if not task.done():
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError, _Gone):
@@ -189,7 +178,9 @@ class Connection:
             elif not watch.cancelled() and watch.exception() is None and (late := watch.result()) is not None:
                 late.close()
 
-    async def _interrupted(self, watch: asyncio.Task[Packet | None], started: list[CellRun], task: asyncio.Task[None]) -> bool:
+    async def _interrupted(
+        self, watch: asyncio.Task[Packet | None], started: list[CellRun], task: asyncio.Task[None]
+    ) -> bool:
         """The client spoke, or left, while its run was under way: the end of the run either way. True when it left."""
         gone = True
         try:
@@ -212,35 +203,19 @@ class Connection:
     # Packets
 
     async def _emit(self, run: CellRun, stream: int, data: bytes) -> None:
-        """Take output to be sent; waits while there is too much of it, but only as long as *run*'s program runs."""
-        if self._lost:
-            return
-        self._backlog.append((stream, data))
-        self._backlog_bytes += len(data)
-        if self._flusher is None or self._flusher.done():
-            self._flusher = self._loop.create_task(self._flush(run))
-        while self._backlog_bytes > BACKLOG_BYTES and not self._lost and run.life.state is State.RUNNING:
-            await asyncio.wait({self._flusher}, timeout=_LOOK_SECONDS)
-
-    async def _flush(self, run: CellRun) -> None:
         try:
-            while self._backlog:
-                stream, data = self._backlog[0]
-                for start in range(0, len(data), protocol.INLINE_BYTES // 2):
-                    part = data[start : start + protocol.INLINE_BYTES // 2]
-                    await self._send({"op": "output", "stream": stream}, [part])
-                self._backlog.popleft()
-                self._backlog_bytes -= len(data)
+            for start in range(0, len(data), protocol.INLINE_BYTES // 2):
+                part = data[start : start + protocol.INLINE_BYTES // 2]
+                await self._send({"op": "output", "stream": stream}, [part])
         except _Gone:
             self._lost = True
             run.cancel()
+            raise
 
     async def _notice(self, what: str) -> None:
         await self._send({"op": what})
 
     async def _send_result(self, header: dict[str, Any], texts: list[bytes], files: Collected) -> None:
-        if self._flusher is not None:
-            await self._flusher
         if self._lost:
             raise _Gone("it took no output")
         message = {"op": "result", "result": header}
@@ -264,6 +239,9 @@ class Connection:
         await self._deliver(*protocol.pack(message, filled=fd))
 
     async def _refuse(self, error: SandboxError) -> None:
+        # The frames hold the request, and a task that holds the error; the payload is a mapping with a descriptor, and
+        # must not wait for the collector.
+        error.__traceback__ = error.__context__ = None
         await self._send({"op": "refused", "error": error.plain()})
 
     async def _send(self, message: dict[str, Any], payload: list[bytes] | None = None) -> None:

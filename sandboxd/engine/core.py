@@ -15,21 +15,24 @@ import resource
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
-from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.prepared import Bodies, Prepared, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
 from sandboxd.engine.slots import Slot, Slots
-from sandboxd.engine.workspace import Collected
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 from sandboxd.interpreter import Interpreter
 from sandboxd.limits import LimitValue, defaults, narrow
 from sandboxd.wire import Run, check_inputs_fit
 from sandboxd.zygote import ZygoteLost
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from sandboxd.engine.config import EngineConfig
+    from sandboxd.engine.workspace import Collected
 
 __all__ = ["Engine"]
 
@@ -38,7 +41,7 @@ log = logging.getLogger("sandboxd.engine")
 RESTART_SECONDS: Final = 1.0
 """How long a policy that could not be brought into force answers with the same error before it is tried again."""
 HELD_BYTES: Final = 64 << 20
-"""Source texts and JSON of one uid's requests, waiting or running; in Python's objects they take several times as much."""
+"""Source texts and JSON of one uid's requests, waiting or running; as Python's objects they take several times that."""
 SPARE_SLOTS: Final = 64
 """Slots beyond max_running: a run that is dying slowly keeps its own."""
 
@@ -91,7 +94,9 @@ class Engine:
             self.slot_ids = self.ids.slots(running + SPARE_SLOTS)
             if running > self.slot_ids.capacity:
                 raise Unavailable(
-                    "ids", None, "give the engine a larger range of ids, or lower max_running",
+                    "ids",
+                    None,
+                    "give the engine a larger range of ids, or lower max_running",
                     f"{running} cells at once need as many ids; the range has {self.slot_ids.capacity}",
                 )
             self.instance.clone_owner(self.ids.base)
@@ -149,15 +154,25 @@ class Engine:
         """Run the self-test in a first cell."""
         limits = {**defaults(), "wall_seconds": 20.0}
         request = Run(
-            code=selftest.PROGRAM, language="python", filename="selftest.py", args=(), env={}, stdin=None, files=(),
-            limits={}, stream=False, results=False,
+            code=selftest.PROGRAM,
+            language="python",
+            filename="selftest.py",
+            args=(),
+            env={},
+            stdin=None,
+            files=(),
+            limits={},
+            stream=False,
+            results=False,
         )
         run = CellRun(self, made, request, limits, "self-test", None)
         header, texts, collected = await run.execute(0.0)
         collected.close()
         if header["status"] != "ok":
             raise Unavailable(
-                "self-test", None, "look at what it says, and at sandboxd doctor",
+                "self-test",
+                None,
+                "look at what it says, and at sandboxd doctor",
                 f"the first cell ended with {header['status']}: {texts[1].decode('utf-8', 'replace')[-500:]}",
             )
         guest = self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0))
@@ -196,10 +211,14 @@ class Engine:
                 answer = await run.execute(time.monotonic() - queued)
             finally:
                 self._leave()
-            await run.delivered()
-            return answer
         finally:
             del self.live[identity], self.owners[identity]
+        try:
+            await run.delivered()
+        except BaseException:
+            answer[2].close()
+            raise
+        return answer
 
     @contextlib.contextmanager
     def hold(self, who: object, size_bytes: int) -> Iterator[None]:

@@ -70,4 +70,5 @@ def _without_partial_start(data: bytes) -> bytes:
     for skip in range(min(4, len(data))):
         if data[skip] & 0xC0 != 0x80:
             return data[skip:]
-    return data
+    # Nothing but the rest of one character; four such bytes are no character at all.
+    return data if len(data) > 3 else b""

@@ -243,6 +243,8 @@ class CellRun:
         if self.life.on(Event.FORKED) is State.ENDING:
             return
         await self._await_hello()
+        while not workspace.settled(self._known) and not self._ended.done():
+            await asyncio.sleep(0.001)
         if self.life.on(Event.WALLS_UP) is not State.ENDING:
             leaf.begin()
 
@@ -416,11 +418,13 @@ class CellRun:
 
     # Streams
 
-    def _grown(self) -> None:
-        """A stream has grown; beyond output_stop_bytes the run is over."""
+    def _grown(self) -> bool:
+        """A stream has grown; beyond output_stop_bytes the run is over, and True."""
         stop = self.limits["output_stop_bytes"]
-        if stop is not None and max(one.total_bytes for one in self._outputs) > stop:
-            self._end_by(Event.LIMIT, "output")
+        if stop is None or max(one.total_bytes for one in self._outputs) <= stop:
+            return False
+        self._end_by(Event.LIMIT, "output")
+        return True
 
     def _feed_stdin(self) -> None:
         assert self._init is not None and self._stdin is not None  # noqa: S101

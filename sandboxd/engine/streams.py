@@ -30,7 +30,8 @@ Emit = Callable[[int, bytes], Awaitable[None]]
 class OutputStream:
     """Stream *number* (1 or 2) on the non-blocking pipe end *fd*, which stays the owner's to close."""
 
-    def __init__(self, number: int, fd: int, collector: Collector, emit: Emit | None, grown: Callable[[], None]) -> None:
+    def __init__(self, number: int, fd: int, collector: Collector, emit: Emit | None, grown: Callable[[], bool]) -> None:
+        """*grown* is called after each read; when it says that this was too much, the rest waits for ``finish``."""
         self._number = number
         self._fd = fd
         self._collector = collector
@@ -77,13 +78,15 @@ class OutputStream:
                 if not data:
                     return
                 self._collector.add(data)
-                self._grown()
+                too_much = self._grown()
                 if self._emit is not None:
                     self._backlog.append(data)
                     self._backlog_bytes += len(data)
                     self._change.set()
                     while self._backlog_bytes > BACKLOG_BYTES and self._emit is not None and not self._hurried:
                         await self._changed()
+                while too_much and not self._hurried:
+                    await self._changed()  # a kill takes its time; meanwhile the pipe is full, and the program waits
                 reads += 1
                 if reads % READS == 0:
                     # A program that writes as fast as this reads must not keep the others waiting.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,12 +18,13 @@ from sandboxd import native
 from sandboxd.errors import InvalidRequest
 from sandboxd.wire import check_guest_path
 
-__all__ = ["Collected", "Known", "collect", "is_untouched", "put_files", "put_source", "usage"]
+__all__ = ["Collected", "Known", "collect", "is_untouched", "put_files", "put_source", "settled", "usage"]
 
 DEPTH: Final = 64
 ENTRIES: Final = 100_000
 NAMES_BYTES: Final = 4 << 20
 _COPY: Final = 8 << 20
+_REALTIME_COARSE: Final = 5  # CLOCK_REALTIME_COARSE, clock_gettime(2): the time of the last tick
 _EMPTY_BYTES: Final = 2 * 20
 
 Known = dict[str, tuple[int, int]]
@@ -79,6 +81,14 @@ def put_files(workspace: int, files: Iterable[tuple[str, memoryview]], uid: int)
     return known
 
 
+def settled(known: Known) -> bool:
+    """Whether a change from now on has another ctime. Before Linux 6.13 (multigrain timestamps) that is the time of the
+    last tick, and a fast program could change an input within the tick that it was written in.
+    """
+    latest = max((ctime for _, ctime in known.values()), default=0)
+    return time.clock_gettime_ns(_REALTIME_COARSE) > latest
+
+
 def usage(workspace: int) -> tuple[int, int]:
     """Free bytes and free inodes of the cell's /workspace. Source: fstatvfs(3)."""
     found = os.fstatvfs(workspace)
@@ -110,8 +120,8 @@ def collect(workspace: int, known: Known, most_bytes: int) -> Collected:
                 found.skipped += 1
                 continue
             if found.fd < 0:
-                found.fd = os.memfd_create("sandboxd-files", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            copied = _copy(workspace, path, size, found.fd, total)
+                found.fd = _memfd()
+            copied = None if found.fd < 0 else _copy(workspace, path, size, found.fd, total)
             if copied is None:
                 found.skipped += 1
                 continue
@@ -123,6 +133,14 @@ def collect(workspace: int, known: Known, most_bytes: int) -> Collected:
         found.close()
         raise
     return found
+
+
+def _memfd() -> int:
+    """Room for the files, -1 when there is none: the program has run, and what it left is no reason to fail it."""
+    try:
+        return os.memfd_create("sandboxd-files", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return -1
 
 
 def _walk(workspace: int, known: Known, found: Collected) -> list[tuple[str, int]]:
@@ -188,6 +206,8 @@ def _copy(workspace: int, path: str, size: int, to: int, offset: int) -> int | N
                 break
             done += n
         return done
+    except OSError:  # no memory left for the copy; the next one begins where this one did
+        return None
     finally:
         os.close(fd)
 

@@ -4,6 +4,8 @@ Runs in the cell, every wall up, as the cell's own uid. Descriptors: 0 to 2 the 
 engine. What is said here is the program's word only: limits, times and kills are the engine's to know.
 """
 
+from __future__ import annotations
+
 import ast
 import atexit
 import builtins
@@ -18,14 +20,19 @@ import time
 import traceback
 import types
 
+TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 CHANNEL = 3
 PACKET = 1 << 18
 HEAD_BYTES = 8  # of the first packet: how long the request is, over all its packets
 NAME_CHARACTERS = 256
 INT_END = 1 << 31
-# The syntax tree as objects takes up to 250 bytes for a character of source: beyond this, no value of a last expression.
+# The syntax tree as objects takes up to 250 bytes a character: of a longer source no last expression's value is kept.
 TREE_CHARACTERS = 256 << 10
-USER_DIRECTORIES = ("/code/", "/workspace/", "/tmp/", "/dev/shm/")
+USER_DIRECTORIES = ("/code/", "/workspace/", "/tmp/", "/dev/shm/")  # noqa: S108 - the cell's own
 MESSAGE_CHARACTERS = 4096
 TRACEBACK_CHARACTERS = 16384
 RESULT_CHARACTERS = 32768
@@ -51,9 +58,9 @@ def reseed() -> None:
     if "random" in modules:
         modules["random"].seed()
     if "tempfile" in modules:
-        modules["tempfile"]._name_sequence = None
+        modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
     if "uuid" in modules:
-        modules["uuid"]._last_timestamp = None
+        modules["uuid"]._last_timestamp = None  # type: ignore[attr-defined]
     if "_ssl" in modules:
         modules["_ssl"].RAND_add(os.urandom(32), 32.0)
 
@@ -80,7 +87,7 @@ def without_ours(trace: types.TracebackType | None) -> types.TracebackType | Non
 def only_users(report: traceback.TracebackException) -> None:
     """Drop library frames from *report* and from all that it was raised from."""
     seen = set()
-    pending = [report]
+    pending: list[traceback.TracebackException | None] = [report]
     while pending:
         one = pending.pop()
         if one is None or id(one) in seen:
@@ -90,10 +97,11 @@ def only_users(report: traceback.TracebackException) -> None:
         pending += [one.__cause__, one.__context__, *(one.exceptions or [])]
 
 
-def described(error: BaseException, path: str) -> dict[str, object]:
+def described(error: BaseException, path: str) -> dict[str, Any]:
     """*error* as the Result has it, with the errno of an OSError for the engine's limits_hit."""
     kind = type(error)
-    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    plain = kind.__module__ in ("builtins", "__main__")
+    name = kind.__qualname__ if plain else f"{kind.__module__}.{kind.__qualname__}"
     name = clip(name, NAME_CHARACTERS)
     try:
         message = str(error)
@@ -123,20 +131,21 @@ def described(error: BaseException, path: str) -> dict[str, object]:
 class Program:
     """One program: its source, its module, and what came of it."""
 
-    def __init__(self, request: dict[str, object]) -> None:
+    def __init__(self, request: dict[str, Any]) -> None:
         self.path = f"/code/{request['filename']}"
         self.wants_results = request["results"]
         self.pid = os.getpid()
         self.channel = os.fstat(CHANNEL)
         self.exit_code = 0
-        self.error: dict[str, object] | None = None
+        self.error: dict[str, Any] | None = None
         self.results: list[dict[str, str]] = []
         self.last_loaded = next(reversed(sys.modules))
         module = self.module = types.ModuleType("__main__")
         module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None, __annotations__={})
         sys.modules["__main__"] = module
         self.names = module.__dict__
-        threading.main_thread()._set_native_id()  # its own at-fork hook forgets that before 3.13
+        # Its own at-fork hook forgets that before 3.13.
+        threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
         sys.argv = [self.path, *request["args"]]
         sys.orig_argv[1:] = sys.argv
         os.environ.update(request["env"])
@@ -152,10 +161,10 @@ class Program:
         if body is None:
             body = compile(source, self.path, "exec", dont_inherit=True)
         del source
-        exec(body, self.names)
+        exec(body, self.names)  # noqa: S102 - what a cell is for
         if last is None:
             return
-        value = eval(last, self.names)
+        value = eval(last, self.names)  # noqa: S307 - as above
         if value is not None:
             self.results.append({"text/plain": clip(repr(value), RESULT_CHARACTERS)})
 
@@ -164,7 +173,7 @@ class Program:
         itself, which goes deeper than a tree of objects may, can tell what is wrong with it.
         """
         try:
-            tree = compile(source, self.path, "exec", flags=ast.PyCF_ONLY_AST, dont_inherit=True)
+            tree: Any = compile(source, self.path, "exec", flags=ast.PyCF_ONLY_AST, dont_inherit=True)
             if not tree.body or not isinstance(tree.body[-1], ast.Expr):
                 return None, None
             last = ast.Expression(tree.body.pop().value)
@@ -184,7 +193,7 @@ class Program:
             elif isinstance(code, int):
                 self.exit_code = code & 0xFF
             else:
-                print(code, file=sys.stderr)
+                print(code, file=sys.stderr)  # noqa: T201
                 self.exit_code = 1
             return
         self.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
@@ -196,9 +205,9 @@ class Program:
         except SystemExit:
             raise
         except BaseException as failure:
-            print("Error in sys.excepthook:", file=sys.stderr)
+            print("Error in sys.excepthook:", file=sys.stderr)  # noqa: T201
             traceback.print_exception(type(failure), failure, without_ours(failure.__traceback__))
-            print("\nOriginal exception was:", file=sys.stderr)
+            print("\nOriginal exception was:", file=sys.stderr)  # noqa: T201
             sys.__excepthook__(type(error), error, error.__traceback__)
 
     def run(self) -> None:
@@ -207,7 +216,7 @@ class Program:
         except BaseException as error:
             self.guard(self.ended_by, error)
         # The order of Py_FinalizeEx: threads, atexit, streams, then what the modules held, which may print again.
-        self.guard(threading._shutdown)
+        self.guard(threading._shutdown)  # type: ignore[attr-defined]
         self.guard(atexit._run_exitfuncs)
         self.flush()
         self.guard(self.let_go)
@@ -235,10 +244,10 @@ class Program:
                         # Another kind may block for as long as its reader likes.
                         if not one.closed and stat.S_ISREG(os.fstat(one.fileno()).st_mode):
                             one.flush()
-                    except Exception:
+                    except Exception:  # noqa: S112 - the next file; nobody is left to tell
                         continue
             return
-        # sys.modules keeps the order of insertion. Looking at all that the zygote loaded would touch, and so copy, each.
+        # sys.modules keeps the order of insertion. A look at all that the zygote loaded would touch, and so copy, each.
         own = [self.module]
         for name in reversed(sys.modules):
             if name == self.last_loaded:
@@ -254,7 +263,7 @@ class Program:
                     names[name] = None
         gc.collect()
 
-    def guard(self, step: object, *arguments: object) -> None:
+    def guard(self, step: Callable[..., object], *arguments: object) -> None:
         """Run a step of the end, which may itself run the user's code (excepthook, atexit) and fail."""
         try:
             step(*arguments)
@@ -268,7 +277,7 @@ class Program:
                 return
 
     def report(self) -> None:
-        """The finished frame. A child of the program that came this far says nothing: the program is another process."""
+        """The finished frame. A child of the program that came this far says nothing: the program is its parent."""
         if os.getpid() != self.pid or not os.path.samestat(os.fstat(CHANNEL), self.channel):
             return  # descriptor 3 may be a file of the program's own by now
         frame = {"exit_code": self.exit_code, "error": self.error, "results": self.results}
@@ -284,7 +293,7 @@ class Program:
         os.write(CHANNEL, data)
 
 
-def receive() -> dict[str, object]:
+def receive() -> dict[str, Any]:
     """The engine's request: packets of one JSON object, the first led by its length."""
     data = os.read(CHANNEL, PACKET)
     size, parts = int.from_bytes(data[:HEAD_BYTES], "little"), [data[HEAD_BYTES:]]
@@ -294,7 +303,8 @@ def receive() -> dict[str, object]:
         if not parts[-1]:
             raise EOFError
         got += len(parts[-1])
-    return json.loads(b"".join(parts))
+    request: dict[str, Any] = json.loads(b"".join(parts))
+    return request
 
 
 def main() -> None:

@@ -62,10 +62,11 @@ def renew_stdin() -> None:
     read, write = os.pipe()
     null = os.dup(0)
     os.dup2(read, 0)
-    binary = open(0, "rb", closefd=False)
-    binary.raw.name = "<stdin>"
-    sys.stdin = sys.__stdin__ = io.TextIOWrapper(binary, encoding="utf-8", errors=sys.stdout.errors)
-    sys.stdin.mode = "r"
+    raw = io.FileIO(0, closefd=False)
+    raw.name = "<stdin>"
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(raw), encoding="utf-8", errors=sys.stdout.errors)
+    sys.stdin.mode = "r"  # type: ignore[misc]
+    sys.__stdin__ = sys.stdin  # type: ignore[misc]
     os.dup2(null, 0)
     for fd in (read, write, null):
         os.close(fd)
