@@ -135,7 +135,8 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
 }
 
 /* Two more things that the zygote's processes shall not have. An anonymous session keyring of their own: keyrings are
- * not namespaced, and the caller's would be inherited (session-keyring(7); ENOSYS: a kernel without keys). And user
+ * not namespaced, and the caller's would be inherited (session-keyring(7); ENOSYS: a kernel without keys; EPERM: a filter
+ * around the engine refuses keyrings to everything below, cells included). And user
  * namespaces below this one: the limit is this namespace's own (namespaces(7)), it is asked even where a filter is not,
  * and a container's read-only /proc/sys is the one reason why it may stay as it is. */
 static int
@@ -144,8 +145,10 @@ forgo(int allow_user_namespaces)
     long r = sbx_call(SBX_NR_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, 0);
     int fd;
 
-    if ((r < 0 && r != -SBX_ENOSYS) || allow_user_namespaces)
-        return r == -SBX_ENOSYS ? 0 : (int)r;
+    if (r == -SBX_ENOSYS || r == -SBX_EPERM)
+        r = 0;
+    if (r < 0 || allow_user_namespaces)
+        return r < 0 ? (int)r : 0;
     fd = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/sys/user/max_user_namespaces",
                        SBX_O_WRONLY | SBX_O_CLOEXEC, 0);
     if (fd == -SBX_EROFS || fd == -SBX_EACCES || fd == -SBX_ENOENT)

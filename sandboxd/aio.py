@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from sandboxd import protocol
 from sandboxd.client import CANCEL_SECONDS, Sandbox
-from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError
+from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError, later
 from sandboxd.waiting import readable, writable
 
 if TYPE_CHECKING:
@@ -128,6 +128,10 @@ class AsyncSandbox:
                 return result
             finally:
                 sandbox._settle(sock, keep=keep)
+
+    def session(self, **_arguments: Any) -> NoReturn:
+        """As ``Sandbox.session``: not in this version. Raises Unavailable."""
+        raise later("sessions come")
 
     async def close(self) -> None:
         """As ``Sandbox.close``."""

@@ -13,10 +13,10 @@ import socket
 import threading
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from sandboxd import protocol
-from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable, from_plain
+from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable, from_plain, later
 from sandboxd.launcher import EngineProcess
 
 if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's process begins first
@@ -82,10 +82,13 @@ class Sandbox:
         max_running: int | None = None,
         memory_bytes: int | None = None,
         ids: str | None = None,
+        audit: str | Path | None = None,
         _walls_down: Sequence[str] = (),
         _marker_errno: int | None = None,
     ) -> None:
         self._prepare(None, {})
+        if audit is not None:
+            raise later("the audit record comes")
         # The engine comes up while this process imports pydantic and reads the policy.
         engine = EngineProcess()
         try:
@@ -196,6 +199,10 @@ class Sandbox:
             else:
                 self._settle(sock, keep=True)
                 return result
+
+    def session(self, **_arguments: Any) -> NoReturn:
+        """One live interpreter whose state stays between runs: not in this version. Raises Unavailable."""
+        raise later("sessions come")
 
     def _exchange(self, code: str | bytes, **arguments: Any) -> Exchange:
         """A checked request under this handle's policy and limits. Raises InvalidRequest, PolicyError, RuntimeError."""

@@ -139,8 +139,8 @@ class Daemon:
             self._over.set_result(name)
 
     async def _check_network(self, prepared: Prepared) -> None:
-        """Ask the kernel by rtnetlink what the zygote's network namespace holds; in a process of its own, for pyroute2 is
-        large and no run needs it.
+        """Ask the kernel by rtnetlink what the zygote's network namespace holds; in a process of its own, for pyroute2
+        is large and no run needs it.
         """
         command = [sys.executable, "-m", "sandboxd.netns_check", f"/proc/{prepared.zygote.pid}/ns/net"]
         pipe = asyncio.subprocess.PIPE

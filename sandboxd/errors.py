@@ -138,6 +138,11 @@ class ProtocolError(SandboxError):
     """The other side sent something that is not in the protocol; the message says what."""
 
 
+def later(what: str) -> Unavailable:
+    """The error for something that the contract names and this version does not have yet."""
+    return Unavailable("version", None, "use a later version of sandboxd", f"{what} in a later version")
+
+
 _KINDS: dict[str, type[SandboxError]] = {
     kind.__name__: kind
     for kind in (SandboxError, PolicyError, InvalidRequest, Unavailable, Busy, ConnectionLost, ProtocolError)

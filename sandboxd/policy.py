@@ -362,11 +362,16 @@ def installed(directories: Sequence[Path] | None = None) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
+_LATER_POLICIES = ("shell",)
+
+
 def find(name: str, directories: Sequence[Path] | None = None) -> Path:
     """The file of the policy *name*. Raises PolicyError that lists the known names."""
     known = installed(directories)
     if name in known:
         return known[name]
+    if name in _LATER_POLICIES:
+        raise PolicyError(f"The policy {name!r} comes in a later version. The known ones: {', '.join(known)}.")
     near = _nearest(name, known)
     hint = f" Did you mean {near!r}?" if near else ""
     names = ", ".join(known) or "none"

@@ -48,7 +48,10 @@ _FILE_BYTES: Final = 1 << 20
 
 # What the interpreter and the code around it call before they can report anything. A profile that refuses one of these
 # would only turn every run into a mystery.
-_ESSENTIAL: Final = ("read", "write", "close", "mmap", "munmap", "brk", "futex", "rt_sigreturn", "exit", "exit_group")
+_ESSENTIAL: Final = (
+    *("read", "write", "close", "openat", "newfstatat", "fstat", "sendmsg"),
+    *("mmap", "munmap", "brk", "futex", "rt_sigreturn", "exit", "exit_group"),
+)
 
 _HEADERS: Final = (
     Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),

@@ -526,7 +526,10 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, attach: Callable[
         said = os.read(report_read, 64)
         if said:
             stage, error, detail = struct.unpack("=IiI", said)
-            where = operations[detail].target if stage == Stage.MOUNTS and detail < len(operations) else ""
+            refused = operations[detail] if stage == Stage.MOUNTS and detail < len(operations) else None
+            if refused is not None and refused.kind == rootfs.Kind.PROC:
+                raise unavailable(Stage.PROC, error)
+            where = refused.target if refused is not None else ""
             raise unavailable(stage, error, where and f"/{where}")
         made = kind(pid, pidfd, python, nursery, zygote, log)
         undo.pop_all()

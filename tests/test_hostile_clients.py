@@ -496,6 +496,15 @@ def test_who_reads_nothing_stops_nobody_and_its_run_ends(served: Served) -> None
     assert "still there" not in served.said()
 
 
+def test_who_leaves_with_output_and_files_untaken_leaves_nothing(served: Served) -> None:
+    code = "open('f', 'wb').write(bytes(1 << 20))\nprint('x' * 2_000_000, flush=True)"
+    for _ in range(3):
+        with Raw(served) as raw:
+            raw.send(request(code_bytes=len(code), stream=True, limits={"wall_seconds": 1.0}), code.encode())
+            assert raw.answer()["op"] == "output"
+            served.idle(5)  # over, and waiting for its reader
+
+
 def test_who_sends_during_its_run_ends_it(served: Served) -> None:
     with Raw(served) as raw:
         raw.send(request(code_bytes=len(daemons.SLEEP)), daemons.SLEEP.encode())

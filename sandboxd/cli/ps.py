@@ -15,7 +15,8 @@ __all__ = ["ps"]
 COLUMNS = (
     ("id", "ID"),
     ("policy", "POLICY"),
-    ("uid", "CLIENT UID"),
+    ("client_uid", "CLIENT UID"),
+    ("uid", "CELL UID"),
     ("pid", "PID"),
     ("state", "STATE"),
     ("age_seconds", "AGE"),
@@ -36,6 +37,9 @@ def ps(connect: str, as_json: bool) -> None:
     if as_json:
         output.emit_json(rows)
         return
+    for row in rows:
+        client_facts = row.get("client")
+        row["client_uid"] = client_facts.get("uid") if isinstance(client_facts, dict) else None
     if not rows:
         output.write("No cell is running.")
         return
@@ -54,7 +58,7 @@ def cell(key: str, value: Any) -> str:
 
 
 def process_facts(pid: object) -> dict[str, Any]:
-    """How many processes and threads live below the cell's init *pid*, and their commands.
+    """How many processes and threads the program *pid* has, its own included, and their commands.
 
     Empty when the process is gone or is not ours to see, as with a daemon in another pid namespace. The commands come
     from the cell and are hostile text.
@@ -64,8 +68,8 @@ def process_facts(pid: object) -> dict[str, Any]:
     import psutil
 
     try:
-        init = psutil.Process(pid)
-        tree = init.children(recursive=True)
+        program = psutil.Process(pid)
+        tree = [program, *program.children(recursive=True)]
     except psutil.Error:
         return {}
     threads = 0

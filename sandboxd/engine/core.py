@@ -115,8 +115,8 @@ class Engine:
         """Policy *plain* in force, its zygote alive; made when first asked for, and again when its zygote was lost.
 
         The making belongs to the engine, not to who asked first: a client that leaves does not stop it for the others.
-        Raises Unavailable, PolicyError; the same again for RESTART_SECONDS, so that nobody can keep the engine busy with
-        attempts.
+        Raises Unavailable, PolicyError; the same again for RESTART_SECONDS, so that nobody can keep the engine busy
+        with attempts.
         """
         found = self._prepared.get(key)
         if found is not None and not found.zygote.lost:
@@ -176,7 +176,7 @@ class Engine:
                 f"the first cell ended with {header['status']}: {texts[1].decode('utf-8', 'replace')[-500:]}",
             )
         guest = self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0))
-        selftest.verify(texts[0].decode("utf-8", "replace"), guest, made.zygote.landlock_abi)
+        selftest.verify(texts[0].decode("utf-8", "replace"), guest, made.zygote.landlock_abi, made.profile)
 
     # Runs
 
@@ -189,8 +189,8 @@ class Engine:
         announce: Callable[[CellRun], None],
         notice: Callable[[str], Awaitable[None]] | None = None,
     ) -> tuple[dict[str, Any], list[bytes], Collected]:
-        """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be cancelled;
-        *notice* is told "queued" when it has to wait, and then "admitted".
+        """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be
+        cancelled; *notice* is told "queued" when it has to wait, and then "admitted".
 
         Raises PolicyError, InvalidRequest, Busy, Unavailable: nothing of the program ran then.
         """

@@ -53,7 +53,8 @@ class Prepared:
     zygote: Zygote
     limits: dict[str, LimitValue]
     filter_name: str
-    filter_sha256: str
+    profile: seccomp.Profile
+    profile_sha256: str
     missing: list[str]
     engine: Engine
 
@@ -64,7 +65,7 @@ class Prepared:
         return {
             "namespaces": list(NAMESPACES),
             "cgroup": {"version": facts["version"], "controllers": list(facts["controllers"])},
-            "seccomp": {"policy": self.filter_name, "sha256": self.filter_sha256},
+            "seccomp": {"policy": self.filter_name, "sha256": self.profile_sha256},
             "landlock_abi": self.zygote.landlock_abi,
             "uid": engine.slot_ids.host_uid(slot),
             "network": "none",
@@ -169,7 +170,8 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
         zygote=zygote,
         limits=dict(plain["limits"]),
         filter_name=chosen["profile"],
-        filter_sha256=profile.sha256,
+        profile=profile,
+        profile_sha256=profile.sha256,
         missing=missing,
         engine=engine,
     )
