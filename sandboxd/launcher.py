@@ -37,7 +37,9 @@ class EngineProcess:
     def __init__(self) -> None:
         """Start it; it does nothing before ``configure``. Raises Unavailable."""
         if not sys.executable:
-            raise Unavailable("engine", None, "run under a Python interpreter that knows its own path", "no sys.executable")
+            raise Unavailable(
+                "engine", None, "run under a Python interpreter that knows its own path", "no sys.executable"
+            )
         # -I: no PYTHON* variable, no current directory. What the caller imports from comes after the interpreter's own.
         paths = [path for path in sys.path if os.path.isabs(path)]
         paths.append(str(Path(__file__).resolve().parent.parent))

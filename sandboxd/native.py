@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from sandboxd._native import ffi, lib
 
-__all__ = ["as_file_owner", "c_strings", "check", "hide_self", "landlock_abi", "launch", "open_beneath", "pidfd_kill", "pidfd_open"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = [
+    "as_file_owner",
+    "c_strings",
+    "check",
+    "hide_self",
+    "landlock_abi",
+    "launch",
+    "open_beneath",
+    "pidfd_kill",
+    "pidfd_open",
+]
 
 
 def check(result: int, operation: str, path: str | None = None) -> int:
@@ -67,9 +80,7 @@ def launch(arguments: Sequence[str], environment: dict[str, str], fds: Sequence[
     envp, keep_envp = c_strings([f"{name}={value}" for name, value in environment.items()])
     path = ffi.new("char[]", os.fsencode(arguments[0]))
     numbers = ffi.new("int[]", list(fds))
-    plan = ffi.new(
-        "struct sbx_launch *", {"path": path, "argv": argv, "envp": envp, "fds": numbers, "nfds": len(fds)}
-    )
+    plan = ffi.new("struct sbx_launch *", {"path": path, "argv": argv, "envp": envp, "fds": numbers, "nfds": len(fds)})
     pidfd = ffi.new("int *", -1)
     pid = check(lib.sbx_launch(plan, pidfd), "clone3")
     del keep_argv, keep_envp

@@ -51,15 +51,24 @@ _WORDS: Final[dict[Stage, tuple[str, str]]] = {
         "user namespaces must be allowed: sysctl user.max_user_namespaces above 0, no seccomp or AppArmor rule of a "
         "container against clone3 and unshare",
     ),
-    Stage.MAPS: ("mapping the ids", "the engine needs CAP_SETUID and CAP_SETGID, and the range of [ids] must be its own"),
+    Stage.MAPS: (
+        "mapping the ids",
+        "the engine needs CAP_SETUID and CAP_SETGID, and the range of [ids] must be its own",
+    ),
     Stage.PRIVATE: ("making mounts private", "mounting must be allowed in user namespaces here"),
-    Stage.ROOT: ("mounting the root tmpfs", "tmpfs must be mountable in a user namespace; /tmp, /mnt or /srv must exist"),
+    Stage.ROOT: (
+        "mounting the root tmpfs",
+        "tmpfs must be mountable in a user namespace; /tmp, /mnt or /srv must exist",
+    ),
     Stage.MOUNTS: ("building the root file system", "the named path must exist and be mountable in a user namespace"),
     Stage.PIVOT: ("entering the root (pivot_root)", "the engine must not run in a chroot or on an initramfs root"),
     Stage.HOSTNAME: ("setting the hostname", "uts namespaces must be allowed"),
     Stage.FDS: ("placing descriptors", "Linux 5.9 or later is needed (close_range); raise the engine's RLIMIT_NOFILE"),
     Stage.EXEC: ("executing the nursery", "sysctl vm.memfd_noexec must be 0 or 1; the package must be installed whole"),
-    Stage.TMPFS: ("mounting the cell's tmpfs", "the sizes asked for must fit; tmpfs must be mountable in a user namespace"),
+    Stage.TMPFS: (
+        "mounting the cell's tmpfs",
+        "the sizes asked for must fit; tmpfs must be mountable in a user namespace",
+    ),
     Stage.PIPES: ("making pipes", "raise fs.pipe-user-pages-soft or the engine's RLIMIT_NOFILE"),
     Stage.NETNS: ("making a network namespace", "sysctl user.max_net_namespaces must be above the number of cells"),
     Stage.PROC: (
@@ -70,7 +79,10 @@ _WORDS: Final[dict[Stage, tuple[str, str]]] = {
     Stage.ATTACH: ("attaching the cell's file systems", "this is a fault of sandboxd; please report it"),
     Stage.CGROUP: ("entering the cgroup leaf", "the engine must own its cgroup subtree; nothing else may remove it"),
     Stage.NAMESPACES: ("joining the cell's namespaces", "Linux 5.8 or later is needed (setns with a pidfd)"),
-    Stage.CGROUPNS: ("making a cgroup namespace", "sysctl user.max_cgroup_namespaces must be above the number of cells"),
+    Stage.CGROUPNS: (
+        "making a cgroup namespace",
+        "sysctl user.max_cgroup_namespaces must be above the number of cells",
+    ),
     Stage.SESSION: ("entering /workspace", "this is a fault of sandboxd; please report it"),
     Stage.OOM: ("raising oom_score_adj", "this is a fault of sandboxd; please report it"),
     Stage.RLIMITS: (
@@ -81,7 +93,10 @@ _WORDS: Final[dict[Stage, tuple[str, str]]] = {
     Stage.IDS: ("becoming the cell's own uid", "the id range of [ids] must be mapped whole"),
     Stage.CAPS: ("dropping capabilities", "this is a fault of sandboxd; please report it"),
     Stage.NNP: ("setting no_new_privs", "this is a fault of sandboxd; please report it"),
-    Stage.LANDLOCK: ("restricting paths (Landlock)", "boot with lsm=landlock,... and a kernel with CONFIG_SECURITY_LANDLOCK"),
+    Stage.LANDLOCK: (
+        "restricting paths (Landlock)",
+        "boot with lsm=landlock,... and a kernel with CONFIG_SECURITY_LANDLOCK",
+    ),
     Stage.SECCOMP: ("loading the seccomp filter", "the kernel needs CONFIG_SECCOMP_FILTER"),
     Stage.REQUEST: ("reading the engine's request", "engine and helpers are of different builds: reinstall sandboxd"),
     Stage.FORGO: (
@@ -102,7 +117,11 @@ def unavailable(stage: int, number: int, detail: str = "") -> Unavailable:
         words, fix = _WORDS[known]
         name = known.name.lower()
     except (ValueError, KeyError):
-        name, words, fix = "setup", f"an unknown step {stage}", "engine and helpers are of different builds: reinstall sandboxd"
+        name, words, fix = (
+            "setup",
+            f"an unknown step {stage}",
+            "engine and helpers are of different builds: reinstall sandboxd",
+        )
     if number == errno.ENOMEM:
         fix = f"memory ran out; {fix}"
     return Unavailable(name, number or None, fix, f"{words}{f' at {detail}' if detail else ''} was refused")

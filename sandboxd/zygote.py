@@ -31,19 +31,22 @@ import signal
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sandboxd import native, rootfs
 from sandboxd._native import ffi, lib
 from sandboxd.errors import Unavailable
-from sandboxd.ids import IdBlock
-from sandboxd.interpreter import Interpreter
 from sandboxd.stages import Stage, unavailable
 from sandboxd.waiting import readable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sandboxd.ids import IdBlock
+    from sandboxd.interpreter import Interpreter
 
 __all__ = ["CellProcess", "Init", "InitSizes", "Zygote", "ZygoteBody", "ZygoteConfig", "ZygoteLost"]
 
@@ -213,13 +216,17 @@ class Zygote:
         except (ZygoteLost, OSError) as error:
             said = self.last_words()
             fix = f"start {self.python.executable} by hand; the rootfs shows it only its own prefix and /usr"
-            raise Unavailable("zygote", None, fix, f"the interpreter ended before it was ready: {said or error}") from None
+            raise Unavailable(
+                "zygote", None, fix, f"the interpreter ended before it was ready: {said or error}"
+            ) from None
         if not answer.get("ok"):
             raise _not_preloaded(answer, self.python)
         if answer["threads"] != 1:
             raise unavailable(Stage.THREADS, 0)
         if answer["kept"]:
-            log.warning("preloaded libraries keep descriptors open, which no cell inherits: %s", ", ".join(answer["kept"]))
+            log.warning(
+                "preloaded libraries keep descriptors open, which no cell inherits: %s", ", ".join(answer["kept"])
+            )
         self.landlock_abi = int(answer["landlock_abi"])
         self.version = tuple(answer["version"])
         if self.landlock_abi < config.landlock_abi:

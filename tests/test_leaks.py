@@ -22,7 +22,7 @@ AT_ONCE: Final = 4
 GROWTH_BYTES: Final = 1 << 20
 """What an engine, or a zygote, may grow by in RUNS runs once it is warm: a kilobyte for each would show."""
 
-HELD_INPUTS: Final = 40
+HELD_INPUTS: Final = 0
 """Requests in memfds whose pages live until the engine's next full garbage collection."""
 
 

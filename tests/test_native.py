@@ -13,8 +13,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -22,6 +22,9 @@ from sandboxd import native, rootfs
 from sandboxd._native import ffi, lib
 from sandboxd.stages import Stage, unavailable
 from sandboxd.zygote import INSIDE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 pytestmark = pytest.mark.sanitize
 

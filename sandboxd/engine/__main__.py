@@ -13,15 +13,17 @@ import os
 import socket
 import struct
 import sys
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
-from sandboxd.engine.prepared import Prepared
 from sandboxd.errors import ProtocolError, SandboxError, Unavailable
 from sandboxd.waiting import readable, resolve
+
+if TYPE_CHECKING:
+    from sandboxd.engine.prepared import Prepared
 
 __all__ = ["main"]
 
@@ -74,6 +76,10 @@ class Embedded:
             return error
         except OSError as error:
             return Unavailable("engine", error.errno, "sandboxd doctor says what this host lacks", str(error))
+        except Exception as error:
+            logging.getLogger("sandboxd.engine").exception("the engine cannot start")
+            fix = "its traceback is on stderr; sandboxd doctor says what this host lacks"
+            return Unavailable("engine", None, fix, f"{type(error).__name__}: {error}")
         return None
 
     async def _packet(self, operation: str) -> dict[str, Any]:

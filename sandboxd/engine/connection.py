@@ -222,7 +222,20 @@ class Connection:
         if files.fd < 0:
             await self._send(message, texts)
             return
-        # The files are in a memfd already; the texts go behind them, and the offsets follow.
+        try:
+            packed = self._with_files(message, header, texts, files)
+        except OSError as error:
+            # The program ran: that must be told, with what there is.
+            log.error("the files of run %s cannot be sent: %s", header["id"], error)
+            header.update(status="internal", files=[], files_skipped=header["files_skipped"] + len(header["files"]))
+            header.update(stdout=[0, len(texts[0])], stderr=[len(texts[0]), len(texts[1])])
+            packed = protocol.pack(message, texts)
+        await self._deliver(*packed)
+
+    def _with_files(
+        self, message: dict[str, Any], header: dict[str, Any], texts: list[bytes], files: Collected
+    ) -> tuple[list[Any], int]:
+        """The packed result: the files are in a memfd already; the texts go behind them, and the offsets follow."""
         fd = files.take()
         try:
             size = os.fstat(fd).st_size
@@ -236,7 +249,7 @@ class Connection:
         except BaseException:
             os.close(fd)
             raise
-        await self._deliver(*protocol.pack(message, filled=fd))
+        return protocol.pack(message, filled=fd)
 
     async def _refuse(self, error: SandboxError) -> None:
         # The frames hold the request, and a task that holds the error; the payload is a mapping with a descriptor, and

@@ -21,7 +21,7 @@ from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
 from sandboxd.engine.prepared import Bodies, Prepared, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
-from sandboxd.engine.slots import Slot, Slots
+from sandboxd.engine.slots import Slots
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 from sandboxd.interpreter import Interpreter
 from sandboxd.limits import LimitValue, defaults, narrow
@@ -285,10 +285,6 @@ class Engine:
                 turn.set_result(None)
                 return
         self._running -= 1
-
-    def lose_slot(self, slot: Slot) -> None:
-        """Something in *slot* would not die: neither its uid nor its leaf is used again by this engine."""
-        log.error("slot %d is lost to this engine", slot.index)
 
     @staticmethod
     def host_pid(pidfd: int) -> int | None:

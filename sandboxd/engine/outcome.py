@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 import os
 import signal
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
-from sandboxd.cgroup import Counters
 from sandboxd.errors import ProtocolError
-from sandboxd.limits import LimitValue
 from sandboxd.protocol import loads
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sandboxd.cgroup import Counters
+    from sandboxd.limits import LimitValue
 
 __all__ = ["Cause", "Evidence", "Finished", "Outcome", "judge", "parse_finished"]
 
@@ -136,7 +139,9 @@ def judge(seen: Evidence) -> Outcome:
         killed_by = signal.SIGKILL
     error = finished.error if finished is not None and status == "error" else None
     results = finished.results if finished is not None and status == "ok" else []
-    return Outcome(status, exit_code, None if killed_by is None else int(killed_by), error, results, _limits(seen, status))
+    return Outcome(
+        status, exit_code, None if killed_by is None else int(killed_by), error, results, _limits(seen, status)
+    )
 
 
 def _ended(seen: Evidence) -> tuple[int | None, int | None]:

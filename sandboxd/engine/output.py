@@ -32,7 +32,9 @@ class Collector:
             data = data[room:]
         if not data:
             return
-        if self._tail and len(self._tail[-1]) < _CHUNK:  # a program that writes byte by byte must not cost an object each
+        if (
+            self._tail and len(self._tail[-1]) < _CHUNK
+        ):  # a program that writes byte by byte must not cost an object each
             self._tail[-1] += data
         else:
             self._tail.append(bytearray(data))

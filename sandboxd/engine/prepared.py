@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Final
 from sandboxd import rootfs, seccomp
 from sandboxd.errors import Unavailable
 from sandboxd.interpreter import Interpreter
-from sandboxd.limits import LimitValue
 from sandboxd.stages import Stage
 from sandboxd.zygote import INSIDE, Zygote, ZygoteBody, ZygoteConfig
 
 if TYPE_CHECKING:
     from sandboxd.engine.core import Engine
+    from sandboxd.limits import LimitValue
 
 __all__ = ["WALLS", "Prepared", "Bodies", "prepare"]
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -28,7 +29,6 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import native
@@ -39,16 +39,18 @@ from sandboxd.engine.outcome import Cause, Evidence, Finished, judge, parse_fini
 from sandboxd.engine.output import Collector
 from sandboxd.engine.streams import Emit, OutputStream
 from sandboxd.errors import ProtocolError, Unavailable
-from sandboxd.limits import LimitValue
 from sandboxd.stages import unavailable
 from sandboxd.waiting import readable
-from sandboxd.wire import Run
 from sandboxd.zygote import CellProcess, Init, InitSizes, ZygoteLost
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from sandboxd.engine.core import Engine
     from sandboxd.engine.prepared import Prepared
     from sandboxd.engine.slots import Slot
+    from sandboxd.limits import LimitValue
+    from sandboxd.wire import Run
 
 __all__ = ["CellRun", "Emit"]
 
@@ -173,7 +175,9 @@ class CellRun:
             if failure is not None:
                 raise failure
             if self.started is None and self._cause is None:
-                raise Unavailable("cell", None, "look at the engine's log", "the new cell ended before its program came")
+                raise Unavailable(
+                    "cell", None, "look at the engine's log", "the new cell ended before its program came"
+                )
             if self.slot is not None and self.slot.leaf is not None and self.started is not None:
                 counters = self.slot.leaf.counters()
             if self._init is not None and self.started is not None:
@@ -181,10 +185,15 @@ class CellRun:
                 most = int(self.limits["workspace_bytes"] or UNLIMITED_BYTES)
                 collected = await self._collect(most)
             header, texts = self._result(queued_seconds, setup, run, counters, free, collected)
-        except BaseException:
+        except BaseException as error:
             collected.close()
-            self._drop_streams()
-            raise
+            if self.started is None or not isinstance(error, Exception):
+                self._drop_streams()
+                raise
+            # The program may have had its effects: that is a Result, never an error that promises nothing ran.
+            log.exception("run %s: its end could not be told", self.id)
+            collected, self._cause = workspace.Collected(), "lost"
+            header, texts = self._result(queued_seconds, setup, run, None, (None, None), collected)
         finally:
             self.life.on(Event.COLLECTED)
             self._release()
@@ -201,6 +210,8 @@ class CellRun:
     def _drop_streams(self) -> None:
         for stream in self._streams:
             stream.cancel()
+        self._streams = []  # they know this run: a cycle would keep it until the next collection
+        self._emit = None
 
     async def _set_up(self) -> None:
         """Everything up to a sealed cell that waits for its program."""
@@ -257,7 +268,9 @@ class CellRun:
                 raise ZygoteLost("the zygote ended while it made the cell")
             if self._cause == "cancelled":
                 return
-            raise Unavailable("cell", None, "look at the engine's log", "the new cell did not say that its walls are up")
+            raise Unavailable(
+                "cell", None, "look at the engine's log", "the new cell did not say that its walls are up"
+            )
         data = self._hello.result()
         if len(data) != HELLO.size or data[:4] != b"SBXC":
             raise Unavailable("cell", None, "reinstall sandboxd", "the new cell's first packet is not its own")
@@ -285,6 +298,7 @@ class CellRun:
         request = self._request
         workspace.put_source(init.code, request.filename, request.code.encode(), zygote_uid)
         self._known = workspace.put_files(init.workspace, request.files, cell_uid)
+        self._request = dataclasses.replace(request, code="", files=(), stdin=None)  # it may hold many megabytes
         if request.stdin is None or not len(request.stdin):
             init.close("stdin_write")
         else:
@@ -350,10 +364,17 @@ class CellRun:
         if already:
             return
         self._cause = cause
-        if self._init is not None and self._init.pidfd >= 0:
-            native.pidfd_kill(self._init.pidfd, signal.SIGKILL)
         if not self._ended.done():
             self._ended.set_result(None)
+        self._kill()
+
+    def _kill(self) -> None:
+        """SIGKILL to the init, and so to everything of the cell; ``_die`` sees whether it worked."""
+        if self._init is not None and self._init.pidfd >= 0:
+            try:
+                native.pidfd_kill(self._init.pidfd, signal.SIGKILL)
+            except OSError as error:
+                log.error("run %s: the kill was refused: %s", self.id, error)
 
     def _zygote_lost(self) -> None:
         self._end_by(Event.LOST, "lost")
@@ -460,8 +481,8 @@ class CellRun:
         self._stop_stdin()
         self._stop_message()
         zygote, init, cell = self._prepared.zygote, self._init, self._cell
+        self._kill()
         if init is not None:
-            native.pidfd_kill(init.pidfd, signal.SIGKILL)
             init.close("stdin_read", "stdout_write", "stderr_write")
         alive = False
         try:
@@ -482,9 +503,11 @@ class CellRun:
             for stream in self._streams:
                 stream.cancel()
         if alive:
-            log.error("run %s: its processes are still there after %g s; its slot is not used again", self.id, DEATH_SECONDS)
+            log.error(
+                "run %s: its processes are still there after %g s; its slot is not used again", self.id, DEATH_SECONDS
+            )
             if self.slot is not None:
-                self._engine.lose_slot(self.slot)
+                self._engine.slots.abandon(self.slot)
                 self.slot = None
         if self.life.state is not State.ENDING:
             self.life.on(Event.FAILED)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import errno
 import json
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.errors import Unavailable
-from sandboxd.seccomp import Profile
+
+if TYPE_CHECKING:
+    from sandboxd.seccomp import Profile
 
 __all__ = ["PROGRAM", "verify"]
 
 _IOCTL_ABI: Final = 5
 
-PROGRAM: Final = r'''
+PROGRAM: Final = r"""
 import ctypes, json, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,7 +69,7 @@ facts = {
     "processes": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
 }
 print(json.dumps([seen, facts]))
-'''
+"""
 
 
 # What the filter alone refuses: a policy that allows such a call has taken that wall down itself, and its hash says so.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from sandboxd.cgroup import Instance, Leaf
+if TYPE_CHECKING:
+    from sandboxd.cgroup import Instance, Leaf
 
 __all__ = ["Slot", "Slots"]
 
@@ -55,6 +56,11 @@ class Slots:
         except OSError:
             self._drop_leaf(slot)
         self._free.append(slot)
+
+    def abandon(self, slot: Slot) -> None:
+        """Something in *slot* would not die: its uid is not used again by this engine, its leaf goes when it is empty."""
+        log.error("slot %d is lost to this engine", slot.index)
+        self._drop_leaf(slot)
 
     def _drop_leaf(self, slot: Slot) -> None:
         leaf, slot.leaf = slot.leaf, None

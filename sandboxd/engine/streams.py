@@ -12,10 +12,12 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from sandboxd.engine.output import Collector
 from sandboxd.waiting import readable
+
+if TYPE_CHECKING:
+    from sandboxd.engine.output import Collector
 
 __all__ = ["Emit", "OutputStream"]
 
@@ -30,7 +32,9 @@ Emit = Callable[[int, bytes], Awaitable[None]]
 class OutputStream:
     """Stream *number* (1 or 2) on the non-blocking pipe end *fd*, which stays the owner's to close."""
 
-    def __init__(self, number: int, fd: int, collector: Collector, emit: Emit | None, grown: Callable[[], bool]) -> None:
+    def __init__(
+        self, number: int, fd: int, collector: Collector, emit: Emit | None, grown: Callable[[], bool]
+    ) -> None:
         """*grown* is called after each read; when it says that this was too much, the rest waits for ``finish``."""
         self._number = number
         self._fd = fd

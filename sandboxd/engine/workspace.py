@@ -7,16 +7,19 @@ name is opened with openat2 (no symlink, no mount crossed), without blocking, an
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from sandboxd import native
 from sandboxd.errors import InvalidRequest
 from sandboxd.wire import check_guest_path
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["Collected", "Known", "collect", "is_untouched", "put_files", "put_source", "settled", "usage"]
 
@@ -76,6 +79,8 @@ def put_files(workspace: int, files: Iterable[tuple[str, memoryview]], uid: int)
             finally:
                 os.close(fd)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise  # the engine's own want
             raise InvalidRequest("files", f"{path!r} cannot be written into the workspace: {error.strerror}") from error
         known[path] = found.st_ino, found.st_ctime_ns
     return known

@@ -78,7 +78,7 @@ def main() -> bool:
     filter_program = os.read(ENGINE, PACKET)
     preload(config["preload"], config["warmup"])
     # Streams exist before the fork and are the same objects after it, on other files.
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper: nothing else has come yet
     renew_stdin()
     sys.path[0] = "/workspace"
     for name in ("_cell", "program"):
@@ -87,13 +87,22 @@ def main() -> bool:
     landlock_abi = _cell.prepare(filter_program, config["walls_down"])
     kept = let_go()
     gc.freeze()  # last: what lives now is shared by all cells, and their collector leaves its pages alone
-    say({"ok": True, "landlock_abi": landlock_abi, "threads": threads, "kept": kept, "version": list(sys.version_info[:3])})
-    return _cell.serve(ENGINE)
+    say(
+        {
+            "ok": True,
+            "landlock_abi": landlock_abi,
+            "threads": threads,
+            "kept": kept,
+            "version": list(sys.version_info[:3]),
+        }
+    )
+    in_cell: bool = _cell.serve(ENGINE)
+    return in_cell
 
 
 if __name__ == "__main__":
-    import _cell
-    import program
+    import _cell  # type: ignore[import-not-found]  # beside this file, for the interpreter of the image
+    import program  # type: ignore[import-not-found]
 
     if main():
         program.main()
