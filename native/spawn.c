@@ -174,13 +174,18 @@ zygote_child(const struct sbx_zygote_plan *plan)
 
     default_signals();
     sbx_close(plan->go_write_fd);
+    for (unsigned int i = 0; i < plan->ntasks && i < ARRAY_SIZE(plan->tasks); i++) {
+        r = sbx_write_all(plan->tasks[i], "0", 1);
+        if (r < 0)
+            child_fail(plan->report_fd, SBX_STAGE_CGROUP, (int)-r, 0);
+    }
     r = sbx_call(SBX_NR_mount, 0, "/", 0, SBX_MS_REC | SBX_MS_PRIVATE, 0);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_PRIVATE, (int)-r, 0);
     r = sbx_open_trees(plan->rootfs, plan->rootfs_length, trees, &detail);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_MOUNTS, (int)-r, detail);
-    r = sbx_read_all(plan->go_fd, &go, 1); /* the id maps are written, the cgroup is entered */
+    r = sbx_read_all(plan->go_fd, &go, 1); /* the id maps are written */
     if (r >= 0)
         r = sbx_become(0, 0);
     if (r < 0)
@@ -230,6 +235,10 @@ sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
 
     if (r < 0)
         return (int)r;
+    if (plan->cgroup_fd >= 0) {
+        args.flags |= SBX_CLONE_INTO_CGROUP;
+        args.cgroup = (uint64_t)plan->cgroup_fd;
+    }
     pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
     if (pid == 0)
         zygote_child(plan);

@@ -23,6 +23,9 @@ struct sbx_zygote_plan {
     int zygote_fd;  /* zygote's end of its channel */
     int owner_fd;   /* pidfd of the engine */
     int nursery_fd; /* the nursery's program */
+    int cgroup_fd;    /* v2: where the process is born; -1 without */
+    int tasks[8];     /* v1: where it writes 0 first thing */
+    unsigned int ntasks;
     int allow_user_namespaces; /* only for tests of the other walls */
 };
 

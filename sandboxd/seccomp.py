@@ -8,6 +8,7 @@ and the kernel's documentation says itself that filtering is no sandbox.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -106,6 +107,11 @@ def effective(profile: str | Path, allow: Sequence[str] = (), deny: Sequence[str
     return result
 
 
+@functools.cache  # a shipped profile is read once: TOML takes 10 ms
+def _shipped(path: Path) -> Profile:
+    return seccomp_profile.parse(_read(path), str(path))
+
+
 def _load(profile: str | Path) -> Profile:
     if isinstance(profile, str) and _NAME.fullmatch(profile):
         path = profiles_dir() / f"{profile}.toml"
@@ -115,8 +121,8 @@ def _load(profile: str | Path) -> Profile:
                 f"seccomp.profile: there is no profile {profile!r}; there are {shipped} and OCI files ending in .json.",
                 key="seccomp.profile",
             )
-    else:
-        path = Path(profile)
+        return _shipped(path)
+    path = Path(profile)
     text = _read(path)
     match path.suffix:
         case ".json":

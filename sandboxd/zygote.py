@@ -43,6 +43,7 @@ from sandboxd.stages import Stage, unavailable
 from sandboxd.waiting import readable
 
 if TYPE_CHECKING:
+    from sandboxd.cgroup import Instance
     from collections.abc import Callable, Sequence
 
     from sandboxd.ids import IdBlock
@@ -56,6 +57,7 @@ _T = TypeVar("_T")
 
 INSIDE: Final = Path(__file__).resolve().parent / "inside"
 READY_SECONDS: Final = 120.0  # imports of a large stack on a cold disk
+SPAWN_SECONDS: Final = 60.0  # a bind of a tree on a network file system may take its time
 LOG_BYTES: Final = 8192
 
 _INIT_REQUEST: Final = struct.Struct("=IIQQQQQQQ")
@@ -164,10 +166,19 @@ class Zygote:
     """One nursery with one zygote. Made by ``start``; ``close`` ends every process of it."""
 
     def __init__(
-        self, pid: int, pidfd: int, python: Interpreter, nursery: socket.socket, zygote: socket.socket, log: int
+        self,
+        pid: int,
+        pidfd: int,
+        body: ZygoteBody,
+        nursery: socket.socket,
+        zygote: socket.socket,
+        log: int,
+        report: int,
     ) -> None:
         self.pid = pid
-        self.python = python
+        self.python = body.python
+        self._operations = body.operations
+        self._report = report
         self.landlock_abi = 0
         self.version: tuple[int, ...] = ()
         self.lost = False
@@ -194,17 +205,19 @@ class Zygote:
     # Start
 
     @classmethod
-    def spawn(cls, body: ZygoteBody, ids: IdBlock, attach: Callable[[int], None]) -> Zygote:
-        """Make the namespaces and the root, and execute nursery and interpreter there; ``prepare`` comes next.
+    def spawn(cls, body: ZygoteBody, ids: IdBlock, cgroup: Instance) -> Zygote:
+        """Have the namespaces and the root made, and nursery and interpreter executed there; ``prepare`` comes next.
 
-        *attach* moves a pid into the zygotes' cgroup. Blocks for a few milliseconds. Raises Unavailable.
+        It is born among *cgroup*'s zygotes. The mounts take some 20 ms, most of it the kernel's waiting for
+        itself, and nobody waits for them here. Raises Unavailable; what goes wrong later is told by ``prepare``.
         """
-        return _spawn(cls, body, ids, attach)
+        return _spawn(cls, body, ids, cgroup)
 
     async def prepare(self, config: ZygoteConfig) -> None:
         """Have it import and warm up what a policy names. Raises Unavailable; the zygote is of no use then."""
         walls_down = sum(1 << stage for stage in config.walls_down)
         message = {"preload": list(config.preload), "warmup": config.warmup, "walls_down": walls_down}
+        await self._executed()
         self._ready = self._loop.create_future()
         try:
             self._zygote.send(json.dumps(message).encode())
@@ -236,6 +249,21 @@ class Zygote:
                 "boot with landlock in lsm=, on a kernel that has it, or lower [require] landlock_abi in the policy",
                 f"the policy requires Landlock ABI {config.landlock_abi}, this kernel has {self.landlock_abi}",
             )
+
+    async def _executed(self) -> None:
+        """Until the nursery runs. Raises Unavailable when a step before that was refused."""
+        report, self._report = self._report, -1
+        try:
+            async with asyncio.timeout(SPAWN_SECONDS):
+                await readable(report)
+            said = os.read(report, 64)
+        except TimeoutError:
+            fix = "look at the mounts of this host: one of them does not answer"
+            raise Unavailable("zygote", None, fix, f"the root was not built within {SPAWN_SECONDS:.0f} s") from None
+        finally:
+            os.close(report)
+        if said:
+            raise _refused(said, self._operations)
 
     # Requests
 
@@ -330,6 +358,8 @@ class Zygote:
             end.close()
         os.close(self._pidfd)
         os.close(self._log)
+        if self._report >= 0:
+            os.close(self._report)
 
     # Inside
 
@@ -471,7 +501,7 @@ def _pair(undo: ExitStack) -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, attach: Callable[[int], None]) -> Zygote:
+def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance) -> Zygote:
     """From nothing to an executed nursery. On failure nothing is left."""
     python, operations = body.python, body.operations
     environment = {**ENVIRONMENT, "PATH": f"{os.path.dirname(python.executable)}:{ENVIRONMENT['PATH']}"}
@@ -496,6 +526,10 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, attach: Callable[
         report_read, report_write = os.pipe2(os.O_CLOEXEC)
         given.callback(os.close, report_read)
         with os.fdopen(go_write, "wb", buffering=0) as go, os.fdopen(report_write, "wb", buffering=0) as report:
+            try:
+                clone_fd, tasks = given.enter_context(cgroup.zygotes_entry())
+            except OSError as error:
+                raise unavailable(Stage.CGROUP, error.errno or errno.EIO) from error
             argv, keep_argv = native.c_strings(["nursery", python.executable, f"{rootfs.INSIDE_DIRECTORY}/zygote.py"])
             envp, keep_envp = native.c_strings([f"{name}={value}" for name, value in environment.items()])
             buffer = ffi.from_buffer("unsigned char[]", encoded)
@@ -516,6 +550,9 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, attach: Callable[
                     "owner_fd": owner,
                     "nursery_fd": program,
                     "allow_user_namespaces": body.allow_user_namespaces,
+                    "cgroup_fd": -1 if clone_fd is None else clone_fd,
+                    "tasks": tasks,
+                    "ntasks": len(tasks),
                 },
             )
             number = ffi.new("int *", -1)
@@ -527,20 +564,21 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, attach: Callable[
             undo.callback(_end, pidfd)
             report.close()
             _map_ids(pid, ids)
-            attach(pid)
             go.write(b"g")
             del keep_argv, keep_envp
-        said = os.read(report_read, 64)
-        if said:
-            stage, error, detail = struct.unpack("=IiI", said)
-            refused = operations[detail] if stage == Stage.MOUNTS and detail < len(operations) else None
-            if refused is not None and refused.kind == rootfs.Kind.PROC:
-                raise unavailable(Stage.PROC, error)
-            where = refused.target if refused is not None else ""
-            raise unavailable(stage, error, where and f"/{where}")
-        made = kind(pid, pidfd, python, nursery, zygote, log)
+        made = kind(pid, pidfd, body, nursery, zygote, log, os.dup(report_read))
         undo.pop_all()
         return made
+
+
+def _refused(said: bytes, operations: Sequence[rootfs.Op]) -> Unavailable:
+    """What the new process reported instead of executing the nursery."""
+    stage, error, detail = struct.unpack("=IiI", said)
+    refused = operations[detail] if stage == Stage.MOUNTS and detail < len(operations) else None
+    if refused is not None and refused.kind == rootfs.Kind.PROC:
+        return unavailable(Stage.PROC, error)
+    where = refused.target if refused is not None else ""
+    return unavailable(stage, error, where and f"/{where}")
 
 
 def _end(pidfd: int) -> None:

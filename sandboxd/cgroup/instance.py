@@ -5,20 +5,21 @@ from __future__ import annotations
 import errno
 import os
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, TypedDict
 
 from sandboxd.cgroup import v1, v2
 from sandboxd.cgroup.discovery import CONTROLLERS, Hierarchy, Layout
-from sandboxd.cgroup.files import Group, kill_listed
+from sandboxd.cgroup.files import Fds, Group, kill_listed
 from sandboxd.cgroup.leaf import Leaf, LeafGroups
 from sandboxd.cgroup.pids import bound_pids
 from sandboxd.cgroup.place import Place, start_time, v2_roots
 from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 __all__ = ["Bounds", "Facts", "Instance"]
@@ -204,6 +205,19 @@ class Instance:
         """Move a zygote or nursery, a child of ours, out of the engine's cgroup. Raises OSError."""
         for place in self._places():
             place.child("zygotes").attach(pid)
+
+    @contextmanager
+    def zygotes_entry(self) -> Iterator[tuple[int | None, list[int]]]:
+        """How a new process gets among the zygotes at no cost: the directory for CLONE_INTO_CGROUP (None without v2), and
+        the v1 ``tasks`` files into which it writes "0" first thing. Open within the block. Raises OSError.
+        """
+        fds = Fds()
+        try:
+            tasks = [fds.own(place.child("zygotes").open("tasks", os.O_WRONLY)) for place in self._v1]
+            flags = os.O_RDONLY | os.O_DIRECTORY
+            yield None if self._v2 is None else fds.own(self._v2.child("zygotes").open(".", flags)), tasks
+        finally:
+            fds.close()
 
     def clone_owner(self, uid: int) -> None:
         """Let processes of host *uid* in ``zygotes`` use CLONE_INTO_CGROUP for leaves that ``Leaf.clone_owner`` gave.

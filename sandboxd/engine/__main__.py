@@ -140,6 +140,9 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="sandboxd: %(message)s")
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         asyncio.run(_serve())
+    # Everything is given back by now, and the caller waits for this process: the interpreter's own end takes 20 ms.
+    logging.shutdown()
+    os._exit(0)
 
 
 if __name__ == "__main__":

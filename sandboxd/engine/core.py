@@ -17,7 +17,7 @@ import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import cgroup, ids, native
+from sandboxd import cgroup, ids, native, seccomp
 from sandboxd.engine import selftest
 from sandboxd.engine.prepared import Bodies, Prepared, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
@@ -105,9 +105,13 @@ class Engine:
             self._undo = undo.pop_all()
 
     def foresee(self) -> None:
-        """Before the policy comes: a zygote of this interpreter is most likely asked for. A refusal comes again then."""
+        """Before the policy comes: a zygote of this interpreter and the default filter are most likely asked for.
+
+        A refusal comes again when they are.
+        """
         with contextlib.suppress(SandboxError):
             self.bodies.foresee(Interpreter.current())
+            seccomp.effective("default")
 
     # Policies
 

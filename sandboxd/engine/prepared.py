@@ -95,7 +95,7 @@ class Bodies:
     def take(self, python: Interpreter) -> Zygote:
         """A zygote for *python* that no policy has touched. Raises Unavailable."""
         early = self._early.pop(python, None)
-        return early if early is not None and not early.lost else self._spawn(python)
+        return self._spawn(python) if early is None else early
 
     async def close(self) -> None:
         """End those that nobody took."""
@@ -103,7 +103,7 @@ class Bodies:
             await self._early.popitem()[1].close()
 
     def _spawn(self, python: Interpreter) -> Zygote:
-        return Zygote.spawn(self._body(python), self._engine.ids, self._engine.instance.zygotes_attach)
+        return Zygote.spawn(self._body(python), self._engine.ids, self._engine.instance)
 
     def _body(self, python: Interpreter) -> ZygoteBody:
         found = self._bodies.get(python)
