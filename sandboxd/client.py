@@ -63,11 +63,11 @@ def open_daemon(path: str) -> socket.socket:
 class Sandbox:
     """A sandbox with one policy. Thread-safe; a context manager.
 
-    ``Sandbox(policy)`` starts an engine of its own, which takes some 100 ms and needs root; ``Sandbox.connect(address)``
-    uses a daemon. *policy* is a name, the path of a TOML file or a Policy; *limits* are put over the policy's and, here,
-    may be any: whoever makes an embedded Sandbox is its operator. *max_running* bounds the runs at once (default: 4 for
-    each CPU), *memory_bytes* the engine with all its runs (default: 80 % of what there is), *ids* names the range of host
-    ids ("base:count").
+    ``Sandbox(policy)`` starts an engine of its own, which takes some 100 ms and needs root;
+    ``Sandbox.connect(address)`` uses a daemon. *policy* is a name, the path of a TOML file or a Policy; *limits* are
+    put over the policy's and, here, may be any: whoever makes an embedded Sandbox is its operator. *max_running* bounds
+    the runs at once (default: 4 for each CPU), *memory_bytes* the engine with all its runs (default: 80 % of what there
+    is), *ids* names the range of host ids ("base:count").
 
     Raises PolicyError for a wrong policy, Unavailable when this host cannot enforce it.
     """
@@ -117,8 +117,8 @@ class Sandbox:
     def connect(cls, address: str, *, policy: str | None = None, limits: Limits | None = None) -> Self:
         """A Sandbox on the daemon at *address*, "unix:PATH". *policy* names one that its operator installed.
 
-        *limits* narrow the policy's for every run of this handle. Raises Unavailable when no daemon answers, PolicyError
-        for a policy that is not a name.
+        *limits* narrow the policy's for every run of this handle. Raises Unavailable when no daemon answers,
+        PolicyError for a policy that is not a name.
         """
         if policy is not None and (not isinstance(policy, str) or "/" in policy or policy.endswith(".toml")):
             raise PolicyError("A daemon's clients name an installed policy; a policy file stays with its operator.")
@@ -298,7 +298,9 @@ class Sandbox:
             raise RuntimeError("This Sandbox is closed.")
 
     def close(self) -> None:
-        """Kill what runs and end the engine; waits at most 2 s. Idempotent; runs of other threads raise RuntimeError."""
+        """Kill what runs and end the engine; waits at most 2 s. Idempotent; runs of other threads raise
+        RuntimeError.
+        """
         if self._closed:
             return
         self._closed = True
@@ -345,8 +347,8 @@ def _receive(sock: socket.socket) -> protocol.Packet | None:
     """The next packet, None at the end. Linux reports once that the other side closed without having read everything,
     before it hands out what that side had sent.
 
-    Looks up now and then: a signal that comes between the interpreter's last look and the system call does not interrupt
-    it, and Ctrl-C would wait for the run's end.
+    Looks up now and then: a signal that comes between the interpreter's last look and the system call does not
+    interrupt it, and Ctrl-C would wait for the run's end.
     """
     waiting = select.poll()
     waiting.register(sock, select.POLLIN)

@@ -22,7 +22,7 @@ import struct
 import sys
 import tomllib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,7 +61,7 @@ class DaemonConfig:
     group: str | None = GROUP
     policies_dir: Path | None = None
     default_policy: str = "default"
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = field(default_factory=EngineConfig)
 
 
 def load_config(path: Path | None) -> DaemonConfig:
@@ -223,7 +223,7 @@ def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
     try:
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o750, parents=True)
-            os.chmod(path.parent, 0o750)
+            os.chmod(path.parent, 0o750)  # noqa: S103 - members of the group may enter
             os.chown(path.parent, 0, gid)
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:

@@ -40,7 +40,8 @@ def c_strings(words: Sequence[str]) -> tuple[object, list[object]]:
 
 
 def open_beneath(dirfd: int, path: str | bytes, flags: int, mode: int = 0) -> int:
-    """Open *path* inside *dirfd*; no symlink is followed and no mount crossed. Raises OSError; EXDEV when it would leave.
+    """Open *path* inside *dirfd*; no symlink is followed and no mount crossed. Raises OSError; EXDEV when it would
+    leave.
 
     Source: openat2(2).
     """

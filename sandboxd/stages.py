@@ -1,4 +1,4 @@
-"""The set-up steps of native/ in words: what failed, and what mends it. Numbers as in enum sbx_stage (native/sandboxd.h)."""
+"""The set-up steps of native/ in words: what failed, what mends it. Numbers as in enum sbx_stage (native/sandboxd.h)."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ _WORDS: Final[dict[Stage, tuple[str, str]]] = {
     Stage.REQUEST: ("reading the engine's request", "engine and helpers are of different builds: reinstall sandboxd"),
     Stage.FORGO: (
         "giving up the session keyring and further user namespaces",
-        "raise kernel.keys.maxkeys for the engine's uid; /proc/sys/user must be writable in a user namespace or read-only",
+        "raise kernel.keys.maxkeys for the engine's uid; /proc/sys/user must be writable in a user namespace, "
+        "or read-only",
     ),
     Stage.THREADS: (
         "forking the zygote",

@@ -6,14 +6,15 @@ Theory of operation
       | clone3: new user, pid, mount, net, ipc, uts namespaces; id maps written by the engine
       `-- nursery: pid 1 there, a static executable without libc, mapped root; makes inits, reaps, dies with the engine
             |-- zygote: the image's interpreter, mapped root; imports, warms up, forks cells; never sees tenants' bytes
-            |     `-- cell: forked into an init's pid namespace, joins its other namespaces, drops everything (native/cell.c)
-            `-- init: pid 1 of one cell's namespaces, no capabilities, no descriptors, asleep
+            |     `-- cell: forked into an init's pid namespace, joins its other namespaces, drops everything
+            (native/cell.c) `-- init: pid 1 of one cell's namespaces, no capabilities, no descriptors, asleep
 
     channel to the nursery: struct sbx_init_request / sbx_init_reply with nine descriptors
     channel to the zygote:  config and filter, its ready message, then struct sbx_cell_request / sbx_cell_reply
     log: a pipe that both have as stdout and stderr; its last bytes explain a death
 
-Who reaps whom: the nursery its zygote and its inits, the zygote its cells (when the engine asks), the engine the nursery.
+Who reaps whom: the nursery its zygote and its inits, the zygote its cells (when the engine asks), the engine the
+nursery.
 A cell's pid namespace is dead only when the zygote has reaped the cell: kill the init, wait for the cell's pidfd, REAP,
 wait for the init's pidfd. Requests and replies are in order on both channels, so a queue of futures matches them.
 """
@@ -43,9 +44,9 @@ from sandboxd.stages import Stage, unavailable
 from sandboxd.waiting import readable
 
 if TYPE_CHECKING:
-    from sandboxd.cgroup import Instance
     from collections.abc import Callable, Sequence
 
+    from sandboxd.cgroup import Instance
     from sandboxd.ids import IdBlock
     from sandboxd.interpreter import Interpreter
 
@@ -99,7 +100,9 @@ class ZygoteLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ZygoteBody:
-    """What a zygote is made of before any policy has its say. *allow_user_namespaces* exists for tests of other walls."""
+    """What a zygote is made of before any policy has its say. *allow_user_namespaces* exists for tests of other
+    walls.
+    """
 
     python: Interpreter
     operations: Sequence[rootfs.Op]

@@ -280,7 +280,7 @@ def test_code_and_arguments_reach_the_client(stand: Stand) -> None:
     assert stand.asked["args"] == ["-x", "two words"]
     assert stand.asked["env"] == {"A": "1", "B": "x=y"}
     assert stand.asked["stdin"] is None
-    assert "filename" not in stand.asked
+    assert (stand.asked["filename"], stand.asked["results"]) == ("main.py", True)
     assert stand.opened == {}
 
 
@@ -288,7 +288,7 @@ def test_a_file_is_read_and_named(stand: Stand, tmp_path: Path) -> None:
     (tmp_path / "prog.py").write_bytes(b"\xef\xbb\xbfprint('\xc3\xbc')\r\n")
     assert invoke(str(tmp_path / "prog.py"), "--", "a").exit_code == 0
     assert stand.asked["code"] == "print('ü')\r\n"
-    assert stand.asked["filename"] == "prog.py"
+    assert (stand.asked["filename"], stand.asked["results"]) == ("prog.py", False)
     assert stand.asked["args"] == ["a"]
 
 

@@ -141,6 +141,11 @@ def test_an_engine_that_is_killed_takes_all_its_cells_along() -> None:
 @pytest.mark.usefixtures("clean")
 def test_an_engine_may_be_killed_at_any_moment_of_its_start() -> None:
     """Above all between the birth of the nursery's process and its exec, when nothing of ours runs in it yet."""
+    others = {one.pid for one in leftovers.engines()}  # of the session's fixtures
+
+    def fresh() -> list[leftovers.Process]:
+        return [one for one in leftovers.engines() if one.pid not in others]
+
     for delay in range(0, 400, 25):
         started = threading.Event()
         made: list[object] = []
@@ -156,10 +161,10 @@ def test_an_engine_may_be_killed_at_any_moment_of_its_start() -> None:
         thread = threading.Thread(target=start)
         thread.start()
         started.wait()
-        leftovers.eventually(lambda: leftovers.engines() or made, 5, "an engine's process")  # noqa: B023
+        leftovers.eventually(lambda: fresh() or made, 5, "an engine's process")  # noqa: B023
         threading.Event().wait(delay / 1000)  # the moment is what is tried
-        victims = [one for engine in leftovers.engines() for one in family(engine.pid)]
-        for engine in leftovers.engines():
+        victims = [one for engine in fresh() for one in family(engine.pid)]
+        for engine in fresh():
             os.kill(engine.pid, signal.SIGKILL)
         thread.join(10)
         assert not thread.is_alive(), f"killed after {delay} ms: the caller waits for ever"

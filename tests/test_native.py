@@ -107,7 +107,7 @@ def test_files_made_for_another_owner_belong_to_it(tmp_path: Path) -> None:
     parent = tmp_path
     while parent != parent.parent:
         if not os.stat(parent).st_mode & 0o001:
-            os.chmod(parent, os.stat(parent).st_mode | 0o111)
+            os.chmod(parent, os.stat(parent).st_mode | 0o111)  # noqa: S103
         parent = parent.parent
     with native.as_file_owner(12345, 12346):
         os.close(os.open(tmp_path / "theirs", os.O_CREAT | os.O_WRONLY))

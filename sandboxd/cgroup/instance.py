@@ -208,8 +208,8 @@ class Instance:
 
     @contextmanager
     def zygotes_entry(self) -> Iterator[tuple[int | None, list[int]]]:
-        """How a new process gets among the zygotes at no cost: the directory for CLONE_INTO_CGROUP (None without v2), and
-        the v1 ``tasks`` files into which it writes "0" first thing. Open within the block. Raises OSError.
+        """How a new process gets among the zygotes at no cost: the directory for CLONE_INTO_CGROUP (None without v2),
+        and the v1 ``tasks`` files into which it writes "0" first thing. Open within the block. Raises OSError.
         """
         fds = Fds()
         try:

@@ -65,7 +65,9 @@ class EngineConfig:
 
 
 def host_memory_bytes(proc: Path = Path("/proc")) -> int:
-    """Memory of the host, or of the cgroup that this process is bound by. Source: meminfo, memory.max, memory.limit_in_bytes."""
+    """Memory of the host, or of the cgroup that this process is bound by. Source: meminfo, memory.max,
+    memory.limit_in_bytes.
+    """
     total = 0
     for line in (proc / "meminfo").read_text(encoding="ascii").splitlines():
         if line.startswith("MemTotal:"):

@@ -1,7 +1,7 @@
 """The engine: owner of cgroups, host ids, slots and zygotes; admits runs and lets them be executed.
 
-Crash-only. Its state is in the kernel: cgroup directories under a lock that dies with it, an id range under another, pid
-namespaces whose first process exits when the engine's end of a channel is closed. Nothing is written that a restart
+Crash-only. Its state is in the kernel: cgroup directories under a lock that dies with it, an id range under another,
+pid namespaces whose first process exits when the engine's end of a channel is closed. Nothing is written that a restart
 would have to repair; ``start`` sweeps what a dead engine left.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import resource
@@ -17,9 +18,9 @@ import time
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import cgroup, ids, native, seccomp
+from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
-from sandboxd.engine.prepared import Bodies, Prepared, kernel_release, prepare
+from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
 from sandboxd.engine.slots import Slots
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
@@ -69,6 +70,7 @@ class Engine:
         self._undo = contextlib.ExitStack()
         self._closed = False
         self.bodies = Bodies(self)
+        self._guess: asyncio.Task[Prepared] | None = None
 
     def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
@@ -105,13 +107,12 @@ class Engine:
             self._undo = undo.pop_all()
 
     def foresee(self) -> None:
-        """Before the policy comes: a zygote of this interpreter and the default filter are most likely asked for.
-
-        A refusal comes again when they are.
+        """Before the policy comes: make ready what most likely will be asked for, a policy without libraries of its own
+        on this interpreter. A refusal is told only when it is asked for.
         """
         with contextlib.suppress(SandboxError):
             self.bodies.foresee(Interpreter.current())
-            seccomp.effective("default")
+            self._guess = asyncio.get_running_loop().create_task(self._proved(LIKELY))
 
     # Policies
 
@@ -144,6 +145,19 @@ class Engine:
         if lost is not None:
             log.error("the zygote of policy %s was lost: %s", lost.name, lost.zygote.last_words())
             await lost.zygote.close()
+        guess, self._guess = self._guess, None
+        if guess is not None and essence(plain) != essence(LIKELY):
+            await self._forget(guess)
+            guess = None
+        if guess is None:
+            made = await self._proved(plain)
+        else:
+            made = dataclasses.replace(await guess, name=plain["name"], plain=plain, limits=dict(plain["limits"]))
+        self._prepared[key] = made
+        return made
+
+    async def _proved(self, plain: dict[str, Any]) -> Prepared:
+        """*plain* in force, with a first cell that tried to cross every wall."""
         made = await prepare(self, plain)
         try:
             if not self.config.walls_down:
@@ -151,8 +165,14 @@ class Engine:
         except BaseException:
             await made.zygote.close()
             raise
-        self._prepared[key] = made
         return made
+
+    @staticmethod
+    async def _forget(guess: asyncio.Task[Prepared]) -> None:
+        """Nobody asked for it."""
+        guess.cancel()
+        with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError, ZygoteLost):
+            await (await guess).zygote.close()
 
     async def _prove(self, made: Prepared) -> None:
         """Run the self-test in a first cell."""
@@ -292,7 +312,9 @@ class Engine:
 
     @staticmethod
     def host_pid(pidfd: int) -> int | None:
-        """The pid behind *pidfd* as this process sees it, None once it is gone. Source: /proc/self/fdinfo, pidfd_open(2)."""
+        """The pid behind *pidfd* as this process sees it, None once it is gone. Source: /proc/self/fdinfo,
+        pidfd_open(2).
+        """
         with contextlib.suppress(OSError, ValueError), open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
             for line in file:
                 if line.startswith("Pid:"):
@@ -324,6 +346,8 @@ class Engine:
             with contextlib.suppress(ZygoteLost):
                 await prepared.zygote.close()
         self._prepared.clear()
+        if self._guess is not None:
+            await self._forget(self._guess)
         await self.bodies.close()
         deadline = time.monotonic() + 2
         while self.live and time.monotonic() < deadline:

@@ -43,7 +43,7 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that is known when everything of a cell is dead. *wait* is (si_code, si_status), None when nobody could ask."""
+    """All that is known when everything of a cell is dead. *wait*: (si_code, si_status), None when nobody could ask."""
 
     cause: Cause | None
     wait: tuple[int, int] | None
@@ -145,7 +145,7 @@ def judge(seen: Evidence) -> Outcome:
 
 
 def _ended(seen: Evidence) -> tuple[int | None, int | None]:
-    """Exit code and signal. The frame is taken first: SIGKILL follows it at once and would hide the program's own end."""
+    """Exit code and signal. The frame goes first: SIGKILL follows it at once and would hide the program's own end."""
     if seen.finished is not None:
         return seen.finished.exit_code, None
     if seen.wait is None:
@@ -183,14 +183,14 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
             hit(
                 "memory_bytes",
                 "cgroup",
-                f"{counters.oom_kills} killed for want of memory; the limit was met {counters.memory_limit_hits} times; "
+                f"{counters.oom_kills} killed for want of memory; the limit met {counters.memory_limit_hits} times; "
                 f"peak {counters.memory_peak_bytes} bytes",
             )
         elif counters.oom_kills:
             hit(
                 "memory_bytes",
                 "cgroup",
-                f"{counters.oom_kills} killed when memory ran out for the whole engine or host; this run's own limit was "
+                f"{counters.oom_kills} killed when memory ran out for the whole engine or host; its own limit was "
                 "not met",
             )
         if counters.pids_limit_hits:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sandboxd import rootfs, seccomp
 from sandboxd.errors import Unavailable
 from sandboxd.interpreter import Interpreter
+from sandboxd.limits import defaults
 from sandboxd.stages import Stage
 from sandboxd.zygote import INSIDE, Zygote, ZygoteBody, ZygoteConfig
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.core import Engine
     from sandboxd.limits import LimitValue
 
-__all__ = ["WALLS", "Prepared", "Bodies", "prepare"]
+__all__ = ["LIKELY", "WALLS", "Bodies", "Prepared", "essence", "prepare"]
 
 NAMESPACES: Final = ["user", "pid", "mount", "network", "ipc", "uts", "cgroup"]
 SCOPES_ABI: Final = 6
@@ -38,8 +39,8 @@ WALLS: Final[dict[str, frozenset[int]]] = {
     "read-only": frozenset(),
     "userns-limit": frozenset(),
 }
-"""Walls that a test may leave out by name, and what of a cell's steps raises each (native/cell.c; the numbers from 48 on
-are parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no program
+"""Walls that a test may leave out by name, and what of a cell's steps raises each (native/cell.c; the numbers from 48
+on are parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no program
 could be run without them.
 """
 
@@ -73,6 +74,23 @@ class Prepared:
             "kernel": engine.kernel,
             "missing": list(self.missing),
         }
+
+
+LIKELY: Final[dict[str, Any]] = {
+    "name": "default",
+    "runtime": {"language": "python", "interpreter": None, "preload": [], "warmup": ""},
+    "limits": defaults(),
+    "filesystem": {"image": "host", "read_only": [], "writable": [], "proc": "pid"},
+    "network": {"mode": "none"},
+    "seccomp": {"profile": "default", "allow": [], "deny": [], "report": False},
+    "require": {"cgroup": ["memory", "pids", "cpu"], "landlock_abi": 1, "own_uid": True},
+}
+"""The shipped default policy as plain values, for an engine that has not been told its policy yet."""
+
+
+def essence(plain: dict[str, Any]) -> dict[str, Any]:
+    """What of a policy makes its zygote: all but its name and its limits."""
+    return {key: value for key, value in plain.items() if key not in ("name", "limits")}
 
 
 class Bodies:

@@ -139,7 +139,8 @@ class CellRun:
     # The run
 
     async def execute(self, queued_seconds: float) -> tuple[dict[str, Any], list[bytes], workspace.Collected]:
-        """The whole life. Returns the Result's header, stdout and stderr, and the files; the files' memfd is the caller's.
+        """The whole life. Returns the Result's header, stdout and stderr, and the files; the files' memfd is the
+        caller's.
 
         Raises Unavailable when the host refused a step, InvalidRequest when the inputs do not fit.
         """
@@ -200,7 +201,9 @@ class CellRun:
         return header, texts, collected
 
     async def delivered(self) -> None:
-        """After ``execute``: until the caller has taken the output that was still on its way. No slot waits for that."""
+        """After ``execute``: until the caller has taken the output that was still on its way. No slot waits for
+        that.
+        """
         try:
             for stream in self._streams:
                 await stream.delivered()
@@ -307,7 +310,9 @@ class CellRun:
 
     def _go(self) -> None:
         """Start the clocks and hand the program over."""
-        assert self._init is not None and self._channel is not None and self.slot is not None  # noqa: S101
+        assert self._init is not None  # noqa: S101
+        assert self._channel is not None  # noqa: S101
+        assert self.slot is not None  # noqa: S101
         init, limits = self._init, self.limits
         request = self._request
         for number, fd in ((1, init.stdout_read), (2, init.stderr_read)):
@@ -336,7 +341,8 @@ class CellRun:
 
     def _hand_over(self) -> None:
         """Send what is left of the program's arguments, in packets that any socket takes."""
-        assert self._channel is not None and self._message is not None  # noqa: S101
+        assert self._channel is not None  # noqa: S101
+        assert self._message is not None  # noqa: S101
         fd = self._channel.fileno()
         try:
             while len(self._message):
@@ -417,7 +423,8 @@ class CellRun:
 
     def _check_cpu(self) -> None:
         """No polling: the next look is when the limit could be reached at the earliest."""
-        assert self.slot is not None and self.slot.leaf is not None  # noqa: S101
+        assert self.slot is not None  # noqa: S101
+        assert self.slot.leaf is not None  # noqa: S101
         limit, cpus = float(self.limits["cpu_seconds"] or 0), self.limits["cpus"]
         left = limit - self.slot.leaf.cpu_usec() / 1e6
         if left <= 0:
@@ -448,7 +455,8 @@ class CellRun:
         return True
 
     def _feed_stdin(self) -> None:
-        assert self._init is not None and self._stdin is not None  # noqa: S101
+        assert self._init is not None  # noqa: S101
+        assert self._stdin is not None  # noqa: S101
         fd = self._init.stdin_write
         try:
             for _ in range(READS):
@@ -534,7 +542,9 @@ class CellRun:
         return await asyncio.to_thread(workspace.collect, self._init.workspace, self._known, most)
 
     def _release(self) -> None:
-        """Close what is left and give the slot back. Order: descriptors first, they pin the file systems and their memory."""
+        """Close what is left and give the slot back. Order: descriptors first, they pin the file systems and their
+        memory.
+        """
         self._prepared.zygote.forget(self._zygote_lost)
         for fd in list(self._readers):
             self._unread(fd)
@@ -623,7 +633,9 @@ class CellRun:
 
 
 def _rlimits(limits: dict[str, LimitValue]) -> Sequence[tuple[int, int, int]]:
-    """(resource, soft, hard) of setrlimit(2). What the policy names must hold; the rest is a belt, as low as allowed."""
+    """(resource, soft, hard) of setrlimit(2). What the policy names must hold; the rest is a belt, as low as
+    allowed.
+    """
 
     def belt(which: int, value: int) -> tuple[int, int, int]:
         hard = resource.getrlimit(which)[1]

@@ -25,7 +25,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(*arguments):
     ctypes.set_errno(0)
-    return 0 if libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]) >= 0 else ctypes.get_errno()
+    return 0 if libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]) >= 0 else
+    ctypes.get_errno()
 
 def opened(path, flags):
     try:

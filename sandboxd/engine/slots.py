@@ -49,7 +49,9 @@ class Slots:
         return slot
 
     def give_back(self, slot: Slot) -> None:
-        """Every process of the slot's cell is dead. A leaf that is not as new is taken away; the next run gets another."""
+        """Every process of the slot's cell is dead. A leaf that is not as new is taken away; the next run gets
+        another.
+        """
         try:
             if slot.leaf is not None and not slot.leaf.reusable():
                 self._drop_leaf(slot)
@@ -58,7 +60,9 @@ class Slots:
         self._free.append(slot)
 
     def abandon(self, slot: Slot) -> None:
-        """Something in *slot* would not die: its uid is not used again by this engine, its leaf goes when it is empty."""
+        """Something in *slot* would not die: its uid is not used again by this engine, its leaf goes when it is
+        empty.
+        """
         log.error("slot %d is lost to this engine", slot.index)
         self._drop_leaf(slot)
 

@@ -2,7 +2,8 @@
 
 Both work on the engine's own descriptor of the cell's tmpfs, never on a path of the host. In: as the cell's uid, before
 any of its code exists. Out: only after the pid namespace is dead, so nobody can change what is being read; still every
-name is opened with openat2 (no symlink, no mount crossed), without blocking, and only regular files with one link count.
+name is opened with openat2 (no symlink, no mount crossed), without blocking, and only regular files with one link
+count.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The zygote: an interpreter that imports and warms what a policy names, then forks cells until its engine is gone.
 
-Runs as root of its own user namespace, in its own pid, mount, net, ipc and uts namespaces on the read-only root, with an
-empty environment but for a few fixed variables; descriptor 3 is the engine's. It is executed as a script by the image's
-interpreter and imports the standard library and one native object. No byte that a tenant sent ever comes here: a cell
-reads its program after the fork, in its own process.
+Runs as root of its own user namespace, in its own pid, mount, net, ipc and uts namespaces on the read-only root, with
+an empty environment but for a few fixed variables; descriptor 3 is the engine's. It is executed as a script by the
+image's interpreter and imports the standard library and one native object. No byte that a tenant sent ever comes here:
+a cell reads its program after the fork, in its own process.
 """
 
 import gc
@@ -22,14 +22,16 @@ def say(message: dict[str, object]) -> None:
 
 
 def preload(names: list[str], warmup: str) -> None:
-    """Import *names* and run *warmup* in a namespace that is thrown away; the first failure is the engine's to explain."""
+    """Import *names* and run *warmup* in a namespace that is thrown away; the first failure is the engine's to
+    explain.
+    """
     step = ""
     try:
         for step in names:
             __import__(step)
         if warmup:
             step = "warmup"
-            exec(compile(warmup, "<warmup>", "exec"), {"__name__": "__warmup__"})
+            exec(compile(warmup, "<warmup>", "exec"), {"__name__": "__warmup__"})  # noqa: S102 - the operator's own text
     except BaseException as error:
         # Also SystemExit and KeyboardInterrupt: a library that ends the zygote has failed to load.
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -40,8 +42,8 @@ def preload(names: list[str], warmup: str) -> None:
 def let_go() -> list[str]:
     """Have libraries give up what a cell cannot inherit; what other descriptors remain, as link texts.
 
-    matplotlib keeps fonts with their files open, and drops them by an at-fork hook: in a cell, where the descriptors are
-    closed already, that costs a millisecond and prints an error for each.
+    matplotlib keeps fonts with their files open, and drops them by an at-fork hook: in a cell, where the descriptors
+    are closed already, that costs a millisecond and prints an error for each.
     """
     fonts = sys.modules.get("matplotlib.font_manager")
     if fonts is not None:
@@ -58,7 +60,9 @@ def let_go() -> list[str]:
 
 
 def renew_stdin() -> None:
-    """Make ``sys.stdin`` while descriptor 0 is a pipe, as it will be in a cell: whether a file can seek is asked once."""
+    """Make ``sys.stdin`` while descriptor 0 is a pipe, as it will be in a cell: whether a file can seek is asked
+    once.
+    """
     read, write = os.pipe()
     null = os.dup(0)
     os.dup2(read, 0)
