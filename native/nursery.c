@@ -19,6 +19,7 @@ enum { ENGINE = 3, ZYGOTE = 4, OWNER = 5 };
 enum { SLOTS = 8192, ZYGOTE_PID = 30011, INIT_ID = 1 };
 
 static int netns_of[SLOTS]; /* descriptor + 1, by slot: leased to the slot's present cell, empty in between */
+static int sockstat_of[SLOTS]; /* descriptor + 1 of its /proc/net/sockstat: how many sockets are left in it */
 static int home_netns;
 
 void *memset(void *to, int byte, size_t n);
@@ -81,25 +82,53 @@ make_tmpfs(uint64_t bytes, uint64_t files, uint32_t mode, uint32_t id)
     return sbx_make_fs("tmpfs", options, SBX_MOUNT_ATTR_NOSUID | SBX_MOUNT_ATTR_NODEV);
 }
 
+/* Whether no socket is left: those that were passed around in a circle outlive their processes until the kernel's
+ * collector comes (unix_gc), and their abstract names could be read by the next run. The first line counts them. */
+static int
+is_empty(int sockstat)
+{
+    static const char none[] = "sockets: used 0\n";
+    char text[sizeof(none)];
+    long n = sbx_call(SBX_NR_pread64, sockstat, text, sizeof(none) - 1, 0);
+
+    if (n != (long)sizeof(none) - 1)
+        return 0;
+    for (size_t i = 0; i < sizeof(none) - 1; i++)
+        if (text[i] != none[i])
+            return 0;
+    return 1;
+}
+
 /* The slot's network namespace: made once, empty, owned by this user namespace; used by one cell at a time, and again
  * only after the cell's pid namespace is gone. */
 static int
 lease_netns(uint32_t slot)
 {
     long r;
-    int fd;
+    int fd, stat;
 
-    if (netns_of[slot])
-        return netns_of[slot] - 1;
+    if (netns_of[slot]) {
+        if (is_empty(sockstat_of[slot] - 1))
+            return netns_of[slot] - 1;
+        sbx_close(netns_of[slot] - 1);
+        sbx_close(sockstat_of[slot] - 1);
+        netns_of[slot] = sockstat_of[slot] = 0;
+    }
     r = sbx_call(SBX_NR_unshare, SBX_CLONE_NEWNET);
     if (r < 0)
         return (int)r;
     fd = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/ns/net", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);
+    stat = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/net/sockstat", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);
     r = sbx_call(SBX_NR_setns, home_netns, SBX_CLONE_NEWNET);
     if (r < 0)
         quit(1); /* half in a cell's namespace: nothing sane can follow */
-    if (fd >= 0)
-        netns_of[slot] = fd + 1;
+    if (fd < 0 || stat < 0) {
+        sbx_close(fd);
+        sbx_close(stat);
+        return fd < 0 ? fd : stat;
+    }
+    netns_of[slot] = fd + 1;
+    sockstat_of[slot] = stat + 1;
     return fd;
 }
 

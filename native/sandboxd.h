@@ -37,6 +37,7 @@ enum sbx_stage {
     SBX_STAGE_SECCOMP = 25,
     SBX_STAGE_REQUEST = 26,  /* a request that makes no sense */
     SBX_STAGE_THREADS = 27,  /* the zygote has more than one thread */
+    SBX_STAGE_ORDINARY = 29, /* the caller's priorities and personality given up */
     SBX_STAGE_FORGO = 28,    /* a session keyring of its own; no user namespaces below */
 };
 
@@ -46,6 +47,10 @@ struct sbx_report {
     int32_t error;
     uint32_t detail;
 };
+
+/* With stage 0, from a zygote's first process: what it could not give up; the engine lists it as missing. */
+#define SBX_KEPT_KEYRING 1
+#define SBX_KEPT_USER_NAMESPACES 2
 
 /* fd.c */
 int sbx_close(int fd);

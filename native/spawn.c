@@ -140,24 +140,50 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
  * namespaces below this one: the limit is this namespace's own (namespaces(7)), it is asked even where a filter is not,
  * and a container's read-only /proc/sys is the one reason why it may stay as it is. */
 static int
-forgo(int allow_user_namespaces)
+forgo(int allow_user_namespaces, uint32_t *kept)
 {
     long r = sbx_call(SBX_NR_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, 0);
     int fd;
 
+    *kept = 0;
+
+    if (r == -SBX_EPERM)
+        *kept |= SBX_KEPT_KEYRING;
     if (r == -SBX_ENOSYS || r == -SBX_EPERM)
         r = 0;
     if (r < 0 || allow_user_namespaces)
         return r < 0 ? (int)r : 0;
     fd = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/sys/user/max_user_namespaces",
                        SBX_O_WRONLY | SBX_O_CLOEXEC, 0);
-    if (fd == -SBX_EROFS || fd == -SBX_EACCES || fd == -SBX_ENOENT)
+    if (fd == -SBX_EROFS || fd == -SBX_EACCES || fd == -SBX_ENOENT) {
+        *kept |= SBX_KEPT_USER_NAMESPACES;
         return 0;
+    }
     if (fd < 0)
         return fd;
     r = sbx_write_all(fd, "0", 1);
     sbx_close(fd);
     return (int)r;
+}
+
+/* What a caller may have of its own and a cell must not inherit: a realtime policy, which no cpu.max bounds; a negative
+ * nice value; an I/O class; a personality without address space randomisation (setarch -R). */
+static int
+be_ordinary(void)
+{
+    int priority = 0;
+    long r = sbx_call(SBX_NR_sched_setscheduler, 0, 0 /* SCHED_OTHER */, &priority);
+
+    /* The raw call answers 20 - nice. */
+    if (r >= 0 && sbx_call(SBX_NR_getpriority, 0 /* PRIO_PROCESS */, 0) > 20)
+        r = sbx_call(SBX_NR_setpriority, 0, 0, 0);
+    if (r >= 0)
+        r = sbx_call(SBX_NR_ioprio_set, 1 /* IOPRIO_WHO_PROCESS */, 0, 0 /* by nice */);
+    if (r == -SBX_ENOSYS) /* a kernel without CONFIG_BLOCK */
+        r = 0;
+    if (r >= 0)
+        r = sbx_call(SBX_NR_personality, 0);
+    return r < 0 ? (int)r : 0;
 }
 
 /* The life of the zygote's first process up to exec, in its new namespaces. */
@@ -167,13 +193,17 @@ zygote_child(const struct sbx_zygote_plan *plan)
     const int fds[] = {plan->null_fd, plan->log_fd, plan->log_fd, plan->engine_fd, plan->zygote_fd, plan->owner_fd,
                        plan->nursery_fd, plan->report_fd};
     int trees[SBX_TREES];
-    uint32_t detail = 0;
+    struct sbx_report done = {0};
+    uint32_t detail = 0, kept = 0;
     char go;
     long r;
     int root;
 
     default_signals();
     sbx_close(plan->go_write_fd);
+    r = be_ordinary();
+    if (r < 0)
+        child_fail(plan->report_fd, SBX_STAGE_ORDINARY, (int)-r, 0);
     for (unsigned int i = 0; i < plan->ntasks && i < ARRAY_SIZE(plan->tasks); i++) {
         r = sbx_write_all(plan->tasks[i], "0", 1);
         if (r < 0)
@@ -190,7 +220,7 @@ zygote_child(const struct sbx_zygote_plan *plan)
         r = sbx_become(0, 0);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_MAPS, (int)-r, 0);
-    r = forgo(plan->allow_user_namespaces);
+    r = forgo(plan->allow_user_namespaces, &kept);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_FORGO, (int)-r, 0);
     root = sbx_new_root();
@@ -215,6 +245,9 @@ zygote_child(const struct sbx_zygote_plan *plan)
     r = sbx_close_from(ARRAY_SIZE(fds));
     if (r < 0)
         child_fail(7, SBX_STAGE_FDS, (int)-r, 0);
+    done.detail = kept;
+    if (kept)
+        sbx_write_all(7, &done, sizeof(done));
     r = sbx_call(SBX_NR_execveat, 6, "", plan->argv, plan->envp, SBX_AT_EMPTY_PATH);
     child_fail(7, SBX_STAGE_EXEC, (int)-r, 0);
 }

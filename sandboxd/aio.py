@@ -40,7 +40,7 @@ class AsyncSandbox:
         *,
         limits: Limits | None = None,
         max_running: int | None = None,
-        memory_bytes: int | None = None,
+        memory_bytes: int | str | None = None,
         ids: str | None = None,
     ) -> None:
         self._start = lambda: Sandbox(
@@ -99,7 +99,7 @@ class AsyncSandbox:
             code,
             language=language,
             limits=limits,
-            args=list(args),
+            args=args,
             files=files,
             stdin=stdin,
             env=env,

@@ -10,18 +10,20 @@ import contextlib
 import os
 import select
 import socket
+import sys
 import threading
 import warnings
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable, from_plain, later
 from sandboxd.launcher import EngineProcess
+from sandboxd.limits import parse, shown
 
 if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's process begins first
     from collections.abc import Mapping, Sequence
-    from pathlib import Path
     from types import TracebackType
 
     from sandboxd.exchange import Exchange, FileContent, TextCallback
@@ -56,8 +58,62 @@ def open_daemon(path: str) -> socket.socket:
             2: f"start the daemon: sandboxd serve --socket {path}",
             111: f"start the daemon: sandboxd serve --socket {path}",
         }.get(error.errno or 0, "check the address")
-        raise Unavailable("connect", error.errno, fix, f"no daemon answers at {path}") from error
+        what = f"this user may not use {path}" if error.errno == 13 else f"no daemon answers at {path}"
+        raise Unavailable("connect", error.errno, fix, what) from error
     return sock
+
+
+def _is_model(value: object, name: str) -> bool:
+    """Whether *value* is of the class *name* of sandboxd.policy, which takes long to import: who has one has it."""
+    kind = getattr(sys.modules.get("sandboxd.policy"), name, None)
+    return kind is not None and isinstance(value, kind)
+
+
+def _check_policy(policy: object) -> None:
+    if not isinstance(policy, str | Path) and not _is_model(policy, "Policy"):
+        raise PolicyError(
+            f"policy must be a name, the path of a TOML file or a sandboxd.Policy, not {shown(policy)}.", key="policy"
+        )
+
+
+def _check_limits(limits: object) -> None:
+    if limits is not None and not _is_model(limits, "Limits"):
+        raise PolicyError(f"limits must be sandboxd.Limits or None, not {type(limits).__name__}.", key="limits")
+
+
+def _check_count(name: str, value: object) -> None:
+    if value is not None and (type(value) is not int or value < 1):
+        raise PolicyError(f"{name} must be a whole number from 1, not {shown(value)}.", key=name)
+
+
+def _checked_memory(value: int | str | None) -> int | None:
+    if not isinstance(value, str):
+        _check_count("memory_bytes", value)
+        return value
+    try:
+        return int(parse("memory_bytes", value) or 0)
+    except PolicyError as error:
+        raise PolicyError(error.message.removeprefix("limits."), key="memory_bytes") from None
+
+
+class Cancel:
+    """Ends one run of ``Sandbox._run_cancellable``; may be called from a signal handler, and at any time."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._sock: socket.socket | None = None
+
+    def __call__(self) -> None:
+        self.asked = True
+        if self._sock is not None:
+            with contextlib.suppress(OSError):  # the answer, or the connection's end, is there already
+                protocol.send(self._sock, protocol.CANCEL)
+
+    def watch(self, sock: socket.socket | None) -> None:
+        """*sock* has a run under way from now on; None: it is over."""
+        self._sock = sock
+        if self.asked and sock is not None:
+            self()  # between two looks it may be sent twice, of which the engine ignores one
 
 
 class Sandbox:
@@ -66,8 +122,8 @@ class Sandbox:
     ``Sandbox(policy)`` starts an engine of its own, which takes some 100 ms and needs root;
     ``Sandbox.connect(address)`` uses a daemon. *policy* is a name, the path of a TOML file or a Policy; *limits* are
     put over the policy's and, here, may be any: whoever makes an embedded Sandbox is its operator. *max_running* bounds
-    the runs at once (default: 4 for each CPU), *memory_bytes* the engine with all its runs (default: 80 % of what there
-    is), *ids* names the range of host ids ("base:count").
+    the runs at once (default: 4 for each CPU), *memory_bytes* the engine with all its runs (a number or a size such as
+    "4G"; default: 80 % of what there is), *ids* names the range of host ids ("base:count").
 
     Raises PolicyError for a wrong policy, Unavailable when this host cannot enforce it.
     """
@@ -80,7 +136,7 @@ class Sandbox:
         *,
         limits: Limits | None = None,
         max_running: int | None = None,
-        memory_bytes: int | None = None,
+        memory_bytes: int | str | None = None,
         ids: str | None = None,
         audit: str | Path | None = None,
         _walls_down: Sequence[str] = (),
@@ -89,6 +145,12 @@ class Sandbox:
         self._prepare(None, {})
         if audit is not None:
             raise later("the audit record comes")
+        _check_policy(policy)
+        _check_limits(limits)
+        memory_bytes = _checked_memory(memory_bytes)
+        _check_count("max_running", max_running)
+        if ids is not None and not isinstance(ids, str):
+            raise PolicyError(f'ids must be a string like "1879048192:65536", not {shown(ids)}.', key="ids")
         # The engine comes up while this process imports pydantic and reads the policy.
         engine = EngineProcess()
         try:
@@ -122,6 +184,7 @@ class Sandbox:
         """
         if policy is not None and (not isinstance(policy, str) or "/" in policy or policy.endswith(".toml")):
             raise PolicyError("A daemon's clients name an installed policy; a policy file stays with its operator.")
+        _check_limits(limits)
         self = cls.__new__(cls)
         self._prepare(policy, {} if limits is None else limits.plain())
         self._path = parse_address(address)
@@ -171,7 +234,7 @@ class Sandbox:
             code,
             language=language,
             limits=limits,
-            args=list(args),
+            args=args,
             files=files,
             stdin=stdin,
             env=env,
@@ -180,10 +243,29 @@ class Sandbox:
             on_stdout=on_stdout,
             on_stderr=on_stderr,
         )
+        return self._perform(exchange, None)
+
+    def _run_cancellable(self, cancel: Cancel, code: str, **arguments: Any) -> Result:
+        """As ``run``, for a caller that wants the Result, "cancelled", of a run that it ends by *cancel*.
+
+        Raises KeyboardInterrupt when it ended before its program began.
+        """
+        exchange = self._exchange(code, language="python", limits=None, **arguments)
+        if cancel.asked:
+            raise KeyboardInterrupt
+        try:
+            return self._perform(exchange, cancel)
+        except ConnectionLost as error:
+            if cancel.asked and not error.may_have_started:
+                raise KeyboardInterrupt from None
+            raise
+
+    def _perform(self, exchange: Exchange, cancel: Cancel | None) -> Result:
+        """Run it on a connection of its own. Raises as ``run`` does."""
         while True:
             sock, fresh = self._connection()
             try:
-                result = self._drive(sock, exchange, fresh)
+                result = self._drive(sock, exchange, fresh, cancel)
             except SandboxError as error:
                 self._settle(sock, keep=not isinstance(error, ConnectionLost | ProtocolError))
                 self._check_open()
@@ -211,7 +293,7 @@ class Sandbox:
         self._check_open()
         return Exchange(code, policy=self._policy, base_limits=self._limits, **arguments)
 
-    def _drive(self, sock: socket.socket, exchange: Exchange, fresh: bool) -> Result:
+    def _drive(self, sock: socket.socket, exchange: Exchange, fresh: bool, cancel: Cancel | None) -> Result:
         # When the other side has closed, what it said before is still there and may say why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if fresh:
@@ -223,6 +305,16 @@ class Sandbox:
             finally:
                 if fd >= 0:
                     os.close(fd)
+        if cancel is not None:
+            cancel.watch(sock)
+        try:
+            return self._answer(sock, exchange)
+        finally:
+            if cancel is not None:
+                cancel.watch(None)
+
+    @staticmethod
+    def _answer(sock: socket.socket, exchange: Exchange) -> Result:
         while (packet := _receive(sock)) is not None:
             if exchange.feed(packet):
                 assert exchange.result is not None  # noqa: S101 (feed's promise)

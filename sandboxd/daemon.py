@@ -31,6 +31,8 @@ from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
+from sandboxd.ids import parse_config as parse_range
+from sandboxd.limits import LIMITS, parse, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,37 +67,75 @@ class DaemonConfig:
 
 
 def load_config(path: Path | None) -> DaemonConfig:
-    """Read a TOML file; without *path* the default one if it is there. Raises PolicyError that names key and file."""
+    """Read a TOML file; without *path* the default one if it is there. Raises PolicyError that names file and key."""
     chosen = path or CONFIG
+    try:
+        return _read_config(chosen, path is None)
+    except PolicyError as error:
+        from sandboxd.policy import located
+
+        raise located(error, chosen) from None
+
+
+def _read_config(chosen: Path, may_be_missing: bool) -> DaemonConfig:
     try:
         with open(chosen, "rb") as file:
             table = tomllib.load(file)
     except FileNotFoundError:
-        if path is None:
+        if may_be_missing:
             return DaemonConfig()
-        raise PolicyError("there is no such file", file=str(path)) from None
+        raise PolicyError("there is no such file", file=str(chosen)) from None
     except (OSError, ValueError) as error:
         raise PolicyError(f"it cannot be read: {error}", file=str(chosen)) from None
     known = ("socket", "group", "policies_dir", "default_policy", *_ENGINE_KEYS)
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key in _LATER:
-            raise PolicyError(f"{key!r} comes in a later version; take it out", file=str(chosen), key=key)
+            raise PolicyError(f"{key!r} comes in a later version; take it out.", key=key)
         if key not in known:
-            raise PolicyError(f"{key!r} is not a setting. They are {', '.join(known)}.", file=str(chosen), key=key)
+            raise PolicyError(f"{key!r} is not a setting. They are {', '.join(known)}.", key=key)
         if key not in _ENGINE_KEYS and not (isinstance(value, str) and value):
-            raise PolicyError(f"{key} must be a string, not {value!r}", file=str(chosen), key=key)
+            raise PolicyError(f"{key} must be a string, not {shown(value)}.", key=key)
         values[key] = value
-    memory = values.get("memory_bytes")
-    if isinstance(memory, str):
-        from sandboxd.limits import parse
-
-        values["memory_bytes"] = parse("memory_bytes", memory)
+    if "memory_bytes" in values:
+        values["memory_bytes"] = _size("memory_bytes", values["memory_bytes"])
     engine = EngineConfig.from_plain({key: values.pop(key) for key in _ENGINE_KEYS if key in values})
+    if engine.ids is not None:
+        try:
+            parse_range(engine.ids)
+        except ValueError as error:
+            raise PolicyError(f"{error}.", key="ids") from None
     for key in ("socket", "policies_dir"):
         if key in values:
             values[key] = Path(values[key])
-    return DaemonConfig(**values, engine=engine)
+    config = DaemonConfig(**values, engine=engine)
+    if "group" in values:
+        _gid(config.group)
+    if config.policies_dir is not None and not (config.policies_dir.is_absolute() and config.policies_dir.is_dir()):
+        what = f"policies_dir must be the absolute path of a directory that exists, not {shown(values['policies_dir'])}"
+        raise PolicyError(f"{what}.", key="policies_dir")
+    if "default_policy" in values:
+        _find(config, config.default_policy, "default_policy")
+    return config
+
+
+def _size(key: str, value: object) -> int:
+    """Bytes from a number or a string such as "4G". Raises PolicyError."""
+    limit = LIMITS["memory_bytes"]
+    try:
+        return int(parse(limit.name, value) or 0)
+    except PolicyError:
+        raise PolicyError(f"{key}: {shown(value)} is not allowed; allowed: {limit.allowed}.", key=key) from None
+
+
+def _find(config: DaemonConfig, name: str, key: str | None = None) -> Path:
+    """The file of the policy *name*: of policies_dir, then the shipped ones. Raises PolicyError, for *key*."""
+    from sandboxd.policy import find, policies_dir
+
+    try:
+        return find(name, None if config.policies_dir is None else [config.policies_dir, policies_dir()])
+    except PolicyError as error:
+        raise PolicyError(error.message, key=key) from None
 
 
 class Daemon:
@@ -157,15 +197,15 @@ class Daemon:
         """An installed policy by its name, in force: of policies_dir, then the shipped ones. Files are read when first
         asked for, and again by a restart.
         """
-        from sandboxd.policy import find, load, policies_dir
+        from sandboxd.policy import load
 
         chosen = name or self._config.default_policy
         if chosen not in self._plain:
-            own = self._config.policies_dir
-            directories = None if own is None else [own, policies_dir()]
-            found = load(find(chosen, directories))
+            file = _find(self._config, chosen)
+            found = load(file)
             if found.name != chosen:
-                raise PolicyError(f"The file of the policy {chosen!r} names itself {found.name!r}.", key="name")
+                message = f"The file of the policy {chosen!r} names itself {found.name!r}."
+                raise PolicyError(message, file=str(file), key="name")
             self._plain[chosen] = found.plain()
         return await self._engine.prepared(chosen, self._plain[chosen])
 
@@ -232,24 +272,28 @@ def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
         ) from error
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
+        _take(lock, path)
         try:
-            _bind(sock, lock, path, gid)
-        except OSError as error:
-            fix = "choose another --socket, or run as root"
-            raise Unavailable("socket", error.errno, fix, f"{path}: {error}") from error
-        try:
-            yield sock
-        finally:
-            for name in (str(path), f"{path}.lock"):
+            try:
+                _bind(sock, path, gid)
+            except OSError as error:
+                fix = "choose another --socket, or run as root"
+                raise Unavailable("socket", error.errno, fix, f"{path}: {error}") from error
+            try:
+                yield sock
+            finally:
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name)
+                    os.unlink(path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{path}.lock")
     finally:
         sock.close()
         os.close(lock)
 
 
-def _bind(sock: socket.socket, lock: int, path: Path, gid: int) -> None:
-    """Take the name *path* for *sock*. Raises OSError, Unavailable."""
+def _take(lock: int, path: Path) -> None:
+    """Lock the file beside *path*. Raises Unavailable when a daemon has it."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The name may have gone with a daemon that ended just now; a lock on a nameless file excludes nobody.
@@ -259,6 +303,10 @@ def _bind(sock: socket.socket, lock: int, path: Path, gid: int) -> None:
     if not ours:
         fix = "connect to it, or give this one another --socket"
         raise Unavailable("socket", errno.EADDRINUSE, fix, f"a daemon serves {path} already")
+
+
+def _bind(sock: socket.socket, path: Path, gid: int) -> None:
+    """Take the name *path* for *sock*. Raises OSError, Unavailable."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise Unavailable("socket", errno.EEXIST, "move it away", f"{path} is there and is no socket")
@@ -289,11 +337,13 @@ def _gid(group: str | None) -> int:
         if group == GROUP:
             log.warning("there is no group %s: only root can connect; groupadd --system %s", group, group)
             return -1
-        raise PolicyError(f"there is no group {group!r} on this host", key="group") from None
+        raise PolicyError(f"there is no group {group!r} on this host.", key="group") from None
 
 
 def main(config_path: str | Path | None, socket_path: str | Path | None) -> int:
-    """Serve until SIGTERM or SIGINT; the exit status. Logs go to stderr."""
+    """Serve until SIGTERM or SIGINT; the exit status: 2 when a policy is wrong, 125 when the host cannot. Logs go to
+    stderr. Raises PolicyError for a wrong configuration.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="sandboxd: %(levelname)s: %(message)s")
     config = load_config(None if config_path is None else Path(config_path))
     if socket_path is not None:
@@ -313,5 +363,5 @@ def main(config_path: str | Path | None, socket_path: str | Path | None) -> int:
         asyncio.run(serve())
     except SandboxError as error:
         log.error("%s", error)
-        return 125
+        return 2 if isinstance(error, PolicyError) else 125
     return 0

@@ -8,9 +8,9 @@ from __future__ import annotations
 import codecs
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
@@ -50,6 +50,17 @@ def _content(path: str, content: object) -> bytes | memoryview:
         raise InvalidRequest("files", f"{content} for {path!r} cannot be read: {error.strerror}") from error
 
 
+def _mapping(field: str, given: object, what: str) -> None:
+    if given is not None and not isinstance(given, Mapping):
+        raise InvalidRequest(field, f"it must map {what}, not {type(given).__name__}")
+
+
+def _arguments(args: object) -> list[Any]:
+    if isinstance(args, str | bytes | bytearray) or not isinstance(args, Iterable):  # a str would become its letters
+        raise InvalidRequest("args", f"it must be a list of str, not {type(args).__name__}")
+    return list(args)
+
+
 class Exchange:
     """One run of *code* on an engine; arguments as ``Sandbox.run`` documents them."""
 
@@ -61,7 +72,7 @@ class Exchange:
         base_limits: Mapping[str, LimitValue],
         language: str,
         limits: Limits | None,
-        args: list[str] | tuple[str, ...],
+        args: Iterable[str],
         files: Mapping[str, FileContent] | None,
         stdin: bytes | str | None,
         env: Mapping[str, str] | None,
@@ -70,12 +81,18 @@ class Exchange:
         on_stdout: TextCallback | None,
         on_stderr: TextCallback | None,
     ) -> None:
+        _mapping("files", files, "guest paths to bytes, str or a Path")
+        _mapping("env", env, "str to str")
+        for field, callback in (("on_stdout", on_stdout), ("on_stderr", on_stderr)):
+            if callback is not None and not callable(callback):
+                raise InvalidRequest(field, f"it must be a function of one str, not {type(callback).__name__}")
+        words = _arguments(args)
         contents = {path: _content(path, content) for path, content in (files or {}).items()}
         request = RunRequest(
             code=code,
             language=language,
             filename=filename,
-            args=list(args),
+            args=words,
             env=dict(env or {}),
             files={path: len(content) for path, content in contents.items()},
             stdin=stdin.encode() if isinstance(stdin, str) else stdin,

@@ -281,7 +281,7 @@ def _resources() -> Iterator[Fact]:
         "memory",
         f"{memory.total >> 20:,} MiB, {memory.available >> 20:,} MiB available",
         "ok" if enough else "attention",
-        "an engine takes about 80 MiB, and a cell up to its policy's memory_bytes (512 MiB)",
+        "an engine takes about 24 MiB, and a cell up to its policy's memory_bytes (512 MiB)",
         "" if enough else "stop something else, or set a lower memory_bytes",
     )
     swap = psutil.swap_memory()

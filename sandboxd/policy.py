@@ -363,6 +363,7 @@ def installed(directories: Sequence[Path] | None = None) -> dict[str, Path]:
 
 
 _LATER_POLICIES = ("shell",)
+_SHIPPED_PROFILES = ("default", "strict")
 
 
 def find(name: str, directories: Sequence[Path] | None = None) -> Path:
@@ -398,6 +399,14 @@ def load(policy: str | Path | Policy = "default", directories: Sequence[Path] | 
         # Receipts and audit records would show another name than the one that was asked for.
         message = f"name: {loaded.name!r} differs from the file's name, {file.stem!r}."
         raise PolicyError(message, str(file), _line(text, "name"), "name")
+    chosen = loaded.seccomp
+    if chosen.allow or chosen.deny or chosen.profile not in _SHIPPED_PROFILES:
+        from sandboxd import seccomp
+
+        try:
+            seccomp.effective(chosen.profile, chosen.allow, chosen.deny)
+        except PolicyError as problem:
+            raise located(problem, file) from None
     return loaded
 
 
@@ -453,8 +462,23 @@ def _validated(table: dict[str, Any]) -> tuple[Policy | None, list[PolicyError]]
     try:
         BaseModel.__init__(policy, **table)  # not Policy's own, which raises the first problem alone
     except ValidationError as error:
-        return None, _problems(error)
+        problems = _problems(error)
+        return None, [*problems, *_conflicts_of_the_rest(table, {problem.key for problem in problems})]
     return policy, _conflicts(policy)
+
+
+def _conflicts_of_the_rest(table: dict[str, Any], wrong: set[str | None]) -> list[PolicyError]:
+    """``_conflicts`` of what is left of *table* without the keys that are *wrong* by themselves."""
+    rest: dict[str, Any] = {"name": "rest"}
+    for section, keys in table.items():
+        if section not in wrong and isinstance(keys, dict):
+            rest[section] = {key: value for key, value in keys.items() if f"{section}.{key}" not in wrong}
+    policy = Policy.__new__(Policy)
+    try:
+        BaseModel.__init__(policy, **rest)
+    except ValidationError:
+        return []
+    return _conflicts(policy)
 
 
 def _read(file: Path) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALLOW",
+    "CELLS_NEED",
     "KILL",
     "LOG",
     "Action",
@@ -49,10 +50,9 @@ _FILE_BYTES: Final = 1 << 20
 
 # What the interpreter and the code around it call before they can report anything. A profile that refuses one of these
 # would only turn every run into a mystery.
-_ESSENTIAL: Final = (
-    *("read", "write", "close", "openat", "newfstatat", "fstat", "sendmsg"),
-    *("mmap", "munmap", "brk", "futex", "rt_sigreturn", "exit", "exit_group"),
-)
+_ESSENTIAL: Final = ("read", "write", "close", "mmap", "munmap", "brk", "futex", "rt_sigreturn", "exit", "exit_group")
+CELLS_NEED: Final = ("openat", "newfstatat", "sendmsg")
+"""And what a cell calls between its walls and its program; the engine refuses a policy that refuses these."""
 
 _HEADERS: Final = (
     Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h"),
@@ -101,7 +101,7 @@ def effective(profile: str | Path, allow: Sequence[str] = (), deny: Sequence[str
     rules = (*(rule for rule in chosen.rules if rule.number not in replaced), *replaced.values())
     result = Profile(chosen.name, chosen.default_action, rules, chosen.description, chosen.ignored)
     for name in _ESSENTIAL:
-        if not all(answer.action.permits for answer in result.verdict(NUMBERS[name])):
+        if not any(answer.action.permits for answer in result.verdict(NUMBERS[name])):
             key = "seccomp.deny" if name in deny else "seccomp.profile"
             raise PolicyError(f"{key}: {name} is refused, but nothing can run without it.", key=key)
     return result

@@ -1,4 +1,4 @@
-"""The set-up steps of native/ in words: what failed, what mends it. Numbers as in enum sbx_stage (native/sandboxd.h)."""
+"""The set-up steps of native/ in words: what failed and what mends it. The numbers are those of enum sbx_stage."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Stage(enum.IntEnum):
     REQUEST = 26
     THREADS = 27
     FORGO = 28
+    ORDINARY = 29
 
 
 _WORDS: Final[dict[Stage, tuple[str, str]]] = {
@@ -99,6 +100,10 @@ _WORDS: Final[dict[Stage, tuple[str, str]]] = {
     ),
     Stage.SECCOMP: ("loading the seccomp filter", "the kernel needs CONFIG_SECCOMP_FILTER"),
     Stage.REQUEST: ("reading the engine's request", "engine and helpers are of different builds: reinstall sandboxd"),
+    Stage.ORDINARY: (
+        "giving up the caller's priorities and personality",
+        "start the engine without a realtime policy, with nice 0 or above, and not under setarch",
+    ),
     Stage.FORGO: (
         "giving up the session keyring and further user namespaces",
         "raise kernel.keys.maxkeys for the engine's uid; /proc/sys/user must be writable in a user namespace, "

@@ -195,10 +195,12 @@ def check_inputs_fit(files: Iterable[tuple[str, int]], limits: Mapping[str, Limi
     size = sum(-(-size // _PAGE) * _PAGE for size in sizes.values())
     inodes = len(sizes) + _count_directories(sizes)
     space, most = limits["workspace_bytes"], limits["workspace_files"]
+    remedy = "give fewer or smaller ones, or raise it in the [limits] of the policy"
     if space is not None and size > space:
-        raise InvalidRequest("files", f"they take {size:,} bytes; limits.workspace_bytes is {space:,}")
+        raise InvalidRequest("files", f"they take {size:,} bytes; limits.workspace_bytes is {space:,}; {remedy}")
     if most is not None and inodes > most:
-        raise InvalidRequest("files", f"they are {inodes:,} with their directories; limits.workspace_files is {most:,}")
+        what = f"they are {inodes:,} with their directories"
+        raise InvalidRequest("files", f"{what}; limits.workspace_files is {most:,}; {remedy}")
 
 
 def _in_tree_order(paths: Iterable[str]) -> list[str]:

@@ -7,16 +7,17 @@ Theory of operation
       `-- nursery: pid 1 there, a static executable without libc, mapped root; makes inits, reaps, dies with the engine
             |-- zygote: the image's interpreter, mapped root; imports, warms up, forks cells; never sees tenants' bytes
             |     `-- cell: forked into an init's pid namespace, joins its other namespaces, drops everything
-            (native/cell.c) `-- init: pid 1 of one cell's namespaces, no capabilities, no descriptors, asleep
+            |               (native/cell.c)
+            `-- init: pid 1 of one cell's namespaces, no capabilities, no descriptors, asleep
 
     channel to the nursery: struct sbx_init_request / sbx_init_reply with nine descriptors
     channel to the zygote:  config and filter, its ready message, then struct sbx_cell_request / sbx_cell_reply
     log: a pipe that both have as stdout and stderr; its last bytes explain a death
 
 Who reaps whom: the nursery its zygote and its inits, the zygote its cells (when the engine asks), the engine the
-nursery.
-A cell's pid namespace is dead only when the zygote has reaped the cell: kill the init, wait for the cell's pidfd, REAP,
-wait for the init's pidfd. Requests and replies are in order on both channels, so a queue of futures matches them.
+nursery. A cell's pid namespace is dead only when the zygote has reaped the cell: kill the init, wait for the cell's
+pidfd, REAP, wait for the init's pidfd. Requests and replies are in order on both channels, so a queue of futures
+matches them.
 """
 
 from __future__ import annotations
@@ -68,6 +69,11 @@ _CELL_REQUEST: Final = struct.Struct("=IIiIIIII" + "IIQQ" * 16)
 _CELL_REPLY: Final = struct.Struct("=IIiiiIiI")
 _HELLO: Final = struct.Struct("=4sIiI")
 _FORK, _REAP = 1, 2
+_REPORT: Final = struct.Struct("=IiI")
+_KEPT: Final = {
+    1: "a session keyring of its own (a filter around the engine refuses keyctl)",
+    2: "the limit on user namespaces (/proc/sys/user cannot be written here)",
+}
 
 ENVIRONMENT: Final = {
     "HOME": "/workspace",
@@ -183,6 +189,7 @@ class Zygote:
         self._operations = body.operations
         self._report = report
         self.landlock_abi = 0
+        self.kept: list[str] = []
         self.version: tuple[int, ...] = ()
         self.lost = False
         self._pidfd = pidfd
@@ -266,7 +273,12 @@ class Zygote:
         finally:
             os.close(report)
         if said:
-            raise _refused(said, self._operations)
+            stage, _, kept = _REPORT.unpack_from(said)
+            if stage:
+                raise _refused(said, self._operations)
+            self.kept = [words for bit, words in _KEPT.items() if kept & bit]
+            if len(said) > _REPORT.size:
+                raise _refused(said[_REPORT.size :], self._operations)
 
     # Requests
 
@@ -576,7 +588,7 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance)
 
 def _refused(said: bytes, operations: Sequence[rootfs.Op]) -> Unavailable:
     """What the new process reported instead of executing the nursery."""
-    stage, error, detail = struct.unpack("=IiI", said)
+    stage, error, detail = _REPORT.unpack(said)
     refused = operations[detail] if stage == Stage.MOUNTS and detail < len(operations) else None
     if refused is not None and refused.kind == rootfs.Kind.PROC:
         return unavailable(Stage.PROC, error)
@@ -599,9 +611,11 @@ def _map_ids(pid: int, ids: IdBlock) -> None:
 
 
 def _not_preloaded(answer: dict[str, Any], python: Interpreter) -> Unavailable:
-    step, missing = answer.get("step"), answer.get("missing")
+    step, missing = answer.get("step"), [str(name) for name in answer.get("missing") or ()]
     if missing:
-        fix = f"install it for that interpreter: {python.executable} -m pip install {str(missing).partition('.')[0]}"
-        return Unavailable("preload", None, fix, f"{missing!r} is not installed, which [runtime] preload names")
+        packages = " ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
+        fix = f"install it for that interpreter: {python.executable} -m pip install {packages}"
+        what = f"not installed, which the policy's [runtime] section imports: {', '.join(missing)}"
+        return Unavailable("preload", None, fix, what)
     where = "warmup" if step == "warmup" else f"preload of {step!r}"
     return Unavailable("preload", None, "mend the policy's [runtime] section", f"{where} failed: {answer.get('error')}")

@@ -25,8 +25,12 @@ from sandboxd.cli import cli, failure_status, output
 from sandboxd.cli.files import BadInput, plan_inputs, split_input
 from sandboxd.cli.run import failure
 from sandboxd.cli.verdict import exit_status, reason
+from sandboxd.client import Cancel
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.result import OutputFile, _Contents
+from sandboxd.wire import check_inputs_fit
+
+from tests.leftovers import eventually, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,7 +132,7 @@ def test_exit_status_of_an_error(error: SandboxError, status: int) -> None:
         (
             ended("denied", limits_hit=[hit("syscall", "ptrace", "seccomp", "")]),
             "denied: killed by the seccomp filter (syscall=ptrace; seccomp); "
-            "'sandboxd policy show' lists the system calls that are allowed",
+            "'sandboxd policy show NAME' lists the system calls that are allowed",
         ),
         (ended("killed", signal=signal.SIGSEGV), "killed: the program ended by signal 11 (SIGSEGV)"),
         (ended("error", exit_code=3), "error: the program ended with exit status 3"),
@@ -247,7 +251,7 @@ class Stand:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def run(self, code: str, **given: Any) -> Any:
+    def _run_cancellable(self, _cancel: Cancel, code: str, **given: Any) -> Any:
         self.asked = {"code": code, **given}
         return self.answer(self.asked)
 
@@ -263,6 +267,7 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
             return stand.sandbox(**given)
 
     module = types.ModuleType("sandboxd.client")
+    module.Cancel = Cancel  # type: ignore[attr-defined]
     module.Sandbox = Sandbox  # type: ignore[attr-defined]
     module.ps = lambda address: [{"id": "r\x1b1", "policy": "default", "uid": 0, "pid": 1 << 29, "age_seconds": 1.25}]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sandboxd.client", module)
@@ -413,6 +418,7 @@ def test_ctrl_c_is_130(stand: Stand) -> None:
 
     stand.answer = answer
     assert invoke("-c", "1").exit_code == 130
+    assert invoke("-c", "1").stderr.startswith("sandboxd: cancelled: ")
     assert json.loads(invoke("-c", "1", "--json").stdout)["status"] == "cancelled"
 
 
@@ -443,9 +449,10 @@ sys.modules["sandboxd.client"] = client = types.ModuleType("sandboxd.client")
 r, w = os.pipe()
 os.close(r)
 os.dup2(w, 1)
-def run(code, on_stdout, **given):
+def run(cancel, code, on_stdout, **given):
     on_stdout("x")
-client.Sandbox = lambda **given: nullcontext(types.SimpleNamespace(run=run))
+client.Sandbox = lambda **given: nullcontext(types.SimpleNamespace(_run_cancellable=run))
+client.Cancel = lambda: None
 from sandboxd.cli import cli
 cli(["run", "-c", "1"])
 """
@@ -475,6 +482,7 @@ cli(["run", "-c", "1"])
         (["-c", "1", "--language", "cobol"], "'python'"),
         (["-c", "1", "--output-dir", "/dev/null"], "--output-dir"),
         (["-c", "1", "--nonsense"], "--nonsense"),
+        (["missing.py", "--verbose"], "; put the program's own options after --"),
         (["-c", "bad\udcff"], "lone surrogate"),
         (["-c", "1", "--", "bad\udcff"], "UTF-8"),
         (["-c", "1", "--env", "LD_PRELOAD=x"], "would do nothing"),
@@ -502,6 +510,58 @@ def test_source_that_is_no_text_is_2(stand: Stand, tmp_path: Path, content: byte
     assert done.exit_code == 2
     assert words in done.stderr
     assert stand.opened is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["# -*- coding: latin-1 -*-\nprint('é')", "#!/usr/bin/python\n# vim: fileencoding=latin-1\nprint('é')"],
+    ids=["first line", "second line"],
+)
+def test_a_file_in_the_encoding_that_it_names(stand: Stand, tmp_path: Path, content: str) -> None:
+    (tmp_path / "x.py").write_text(content, encoding="latin-1")
+    assert invoke(str(tmp_path / "x.py")).exit_code == 0
+    assert stand.asked["code"] == content
+
+
+@pytest.mark.parametrize("encoding", ["no-such", "ascii", "rot13"])
+def test_a_file_in_an_encoding_that_cannot_be_is_2(stand: Stand, tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "x.py").write_bytes(b"# coding: %s\nprint('\xff')" % encoding.encode())
+    done = invoke(str(tmp_path / "x.py"))
+    assert done.exit_code == 2
+    assert "encoding" in done.stderr
+    assert stand.opened is None
+
+
+def test_inputs_that_do_not_fit_name_option_and_remedy(stand: Stand) -> None:
+    def answer(_: dict[str, Any]) -> Any:
+        check_inputs_fit([("x", 9000)], {"workspace_bytes": 4096, "workspace_files": 10})
+
+    stand.answer = answer
+    done = invoke("-c", "1")
+    assert done.exit_code == 2
+    assert done.stderr.startswith("sandboxd: --input: they take 12,288 bytes; limits.workspace_bytes is 4,096; ")
+    assert "raise it in the [limits] of the policy" in done.stderr
+
+
+def test_denied_names_the_policy_to_show(stand: Stand) -> None:
+    stand.answer = lambda _: ended("denied", exit_code=None, signal=signal.SIGSYS)
+    assert "policy show default'" in invoke("-c", "1").stderr
+    assert "policy show strict'" in invoke("-c", "1", "--policy", "strict").stderr
+    assert "policy show NAME'" in invoke("-c", "1", "--connect", "unix:/x.sock").stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives up root in a process of its own")
+def test_a_socket_that_may_not_be_opened_says_so() -> None:
+    # Nobody but root may look below /proc/1/root.
+    code = (
+        "import os; from sandboxd.client import open_daemon\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "try: open_daemon('/proc/1/root/x.sock')\n"
+        "except Exception as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=PATIENCE_SECONDS, check=True)
+    assert b"this user may not use /proc/1/root/x.sock (EACCES: " in done.stdout
+    assert b"no daemon" not in done.stdout
 
 
 def test_failure_object_has_the_fields_of_a_result() -> None:
@@ -618,6 +678,53 @@ def test_output_comes_while_the_program_runs() -> None:
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_SECONDS) == 130
+        assert process.stderr is not None
+        assert process.stderr.read() == b"sandboxd: cancelled: the run was cancelled\n"
+
+
+def test_ctrl_c_keeps_what_there_was(tmp_path: Path) -> None:
+    # With --json nothing streams: that the program came so far shows in its name (PR_SET_NAME).
+    mark = f"mark{os.getpid()}"
+    code = (
+        "import ctypes, time; open('f', 'w').write('left'); print('hi', flush=True)\n"
+        f"ctypes.CDLL(None).prctl(15, b'{mark}'); time.sleep(60)"
+    )
+    (tmp_path / "out").mkdir()
+    args = ["run", "--json", "--output-dir", str(tmp_path / "out"), "-c", code]
+    with subprocess.Popen([*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        eventually(lambda: mark in {one.name for one in processes().values()}, PATIENCE_SECONDS, "the program began")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
+    result = json.loads(out)
+    assert (process.returncode, result["status"], err) == (130, "cancelled", b"")
+    assert result["stdout"] == "hi\n"
+    assert result["isolation"] is not None
+    assert (tmp_path / "out" / "f").read_text() == "left"
+
+
+@pytest.mark.parametrize("delay_seconds", [0.06, 0.12, 0.2, 0.3])
+def test_ctrl_c_in_the_first_moments_shows_no_traceback(delay_seconds: float) -> None:
+    # What the interpreter itself does before the command's first line is not ours to quieten.
+    code = (
+        "import os, signal, sys, threading, time, sandboxd\n"
+        f"threading.Timer({delay_seconds} - 0.05, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        "sys.argv = ['sandboxd', 'run', '-c', 'import time; time.sleep(60)']\n"
+        "from sandboxd.cli import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=PATIENCE_SECONDS, check=False)
+    assert done.returncode == 130
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [["run", "--json", "-c", "1"], ["run", "--help"], ["--help"], ["policy", "list"]])
+def test_output_that_is_lost_is_said_plainly(args: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [*COMMAND, *args], stdout=full, stderr=subprocess.PIPE, timeout=PATIENCE_SECONDS, check=False
+        )
+    assert done.stderr == b"sandboxd: cannot write to stdout: No space left on device\n"
+    assert done.returncode == 125
 
 
 def test_a_closed_pipe_ends_the_run() -> None:

@@ -41,6 +41,7 @@ def home() -> Iterator[Path]:
         policies = path / "policies"
         policies.mkdir()
         (policies / "brief.toml").write_text('name = "brief"\n[limits]\nwall_seconds = 3.0\nqueue_seconds = 0.2\n')
+        (policies / "lacking.toml").write_text('[runtime]\npreload = ["json", "no_such_one.x", "no_such_two"]\n')
         (policies / "broken.toml").write_text('name = "broken"\n[limits]\nwall_secnods = 3.0\n')
         yield path
 
@@ -105,6 +106,7 @@ def test_what_is_no_socket_is_not_replaced(home: Path) -> None:
     assert refused.process.wait(20) == 125
     assert "is no socket" in refused.said()
     assert (home / "file" / "socket").read_text() == "mine"
+    assert [entry.name for entry in (home / "file").iterdir()] == ["socket"]
 
 
 def test_the_bound_socket_is_changed_not_what_a_link_in_its_place_points_to(
@@ -167,6 +169,8 @@ def test_after_sigkill_the_next_one_sweeps_and_serves(home: Path) -> None:
         assert made.path.is_socket()  # stale
         with daemons.served(home, "killed", max_running=3) as again:
             assert again.runs() == []
+            assert "INFO: swept what a dead engine left in sandboxd." in again.said()
+            assert "Swept(" not in again.said()
             # The same handle goes on, on a connection of its own.
             assert sandbox.run("print(1)").stdout == "1\n"
     leftovers.assert_nothing_new(before)
@@ -238,6 +242,14 @@ def test_a_broken_policy_is_refused_with_its_line(served: Served) -> None:
     with served.sandbox(policy="broken") as sandbox, pytest.raises(PolicyError, match="wall_secnods") as caught:
         sandbox.run("pass")
     assert caught.value.line == 3
+
+
+def test_all_missing_libraries_of_a_policy_are_named_at_once(served: Served) -> None:
+    with served.sandbox(policy="lacking") as sandbox, pytest.raises(Unavailable) as caught:
+        sandbox.run("pass")
+    assert caught.value.stage == "preload"
+    assert caught.value.message.endswith("imports: no_such_one.x, no_such_two")
+    assert caught.value.fix.endswith("-m pip install no_such_one no_such_two")
 
 
 @pytest.mark.parametrize("policy", ["/etc/passwd", "../brief", "brief.toml", Path("brief"), b"brief"])
@@ -534,13 +546,43 @@ def test_another_version_is_told_so_by_the_client(tmp_path: Path) -> None:
         ("walls_down = ['seccomp']", "'walls_down' is not a setting"),
         ("marker_errno = 5", "'marker_errno' is not a setting"),
         ("audit = '/x'", "comes in a later version"),
-        ("[", "cannot be read"),
+        ("memory_bytes = 1", "memory_bytes: 1 is not allowed; allowed: bytes from 16M"),
+        ("ids = '5'", "ids must be spelled 'base:count'"),
+        ("ids = '5:65536'", "ids must lie in"),
+        ("group = 'no-such-group-here'", "no group 'no-such-group-here'"),
+        ("policies_dir = 'policies'", "policies_dir must be the absolute path of a directory"),
+        ("policies_dir = '/no/such/directory'", "policies_dir must be the absolute path of a directory"),
+        ("default_policy = 'defualt'", "Did you mean 'default'"),
     ],
 )
-def test_a_wrong_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "c.toml").write_text(text)
-    with pytest.raises(PolicyError, match=message.replace("[", r"\[")):
+def test_a_wrong_configuration_is_named_with_file_line_and_key(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(f"# ours\n{text}\n")
+    with pytest.raises(PolicyError, match=message.replace("[", r"\[")) as caught:
+        daemon.load_config(file)
+    assert (caught.value.file, caught.value.line, caught.value.key) == (str(file), 2, text.partition(" ")[0])
+
+
+def test_a_configuration_that_is_no_toml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("[")
+    with pytest.raises(PolicyError, match="cannot be read") as caught:
         daemon.load_config(tmp_path / "c.toml")
+    assert caught.value.file == str(tmp_path / "c.toml")
+
+
+@pytest.mark.parametrize("config", [{"default_policy": "nowhere"}, {"policies_dir": "/nowhere"}, {"ids": "1"}])
+def test_a_daemon_with_a_wrong_configuration_ends_with_2(tmp_path: Path, config: dict[str, Any]) -> None:
+    refused = daemons.start(tmp_path, **config)
+    assert refused.process.wait(20) == 2
+    assert f"{tmp_path / 'sandboxd.toml'}:3: " in refused.said()
+    assert not refused.path.exists()
+
+
+def test_a_default_policy_that_is_wrong_ends_with_2(home: Path) -> None:
+    refused = daemons.start(home, "wrong", policies_dir=str(home / "policies"), default_policy="broken")
+    assert refused.process.wait(20) == 2
+    assert "broken.toml:3: limits.wall_secnods" in refused.said()
+    assert list((home / "wrong").iterdir()) == []
 
 
 def test_an_unknown_group_is_an_error_except_the_default_one() -> None:

@@ -136,7 +136,8 @@ HITS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
     ("output-dropped", {"dropped_bytes": 9, "finished": finished()}, [("output_bytes", "reader")]),
     ("workspace-full", {"free_bytes": 0, "finished": finished()}, [("workspace_bytes", "statfs")]),
     ("files-full", {"free_files": 0, "finished": finished()}, [("workspace_files", "statfs")]),
-    ("enospc", {"finished": finished(1, errno.ENOSPC)}, [("workspace_bytes", "program")]),
+    ("enospc-elsewhere", {"finished": finished(1, errno.ENOSPC)}, []),
+    ("enospc-unseen", {"finished": finished(1, errno.ENOSPC), "free_bytes": None, "free_files": None}, []),
     ("enospc-full", {"finished": finished(1, errno.ENOSPC), "free_bytes": 0}, [("workspace_bytes", "statfs")]),
     ("enospc-of-files", {"finished": finished(1, errno.ENOSPC), "free_files": 0}, [("workspace_files", "statfs")]),
     ("emfile", {"finished": finished(1, errno.EMFILE)}, [("open_files", "program")]),
@@ -160,7 +161,19 @@ def test_limits_hit_names_what_evidence_shows(seen: dict[str, Any], hits: list[t
 def test_an_oom_of_the_whole_host_is_said_so() -> None:
     (one,) = judged(counters=HOST_OOM, wait=(KILL, 9)).limits_hit
     assert "engine or host" in one["evidence"]["detail"]
-    assert "own limit was not met" in one["evidence"]["detail"]
+    assert "this run's own limit was not met" in one["evidence"]["detail"]
+
+
+def test_a_limit_of_memory_says_how_often_it_was_met() -> None:
+    (one,) = judged(counters=OWN_OOM, wait=(KILL, 9)).limits_hit
+    assert one["evidence"]["detail"] == (
+        f"1 killed for want of memory; the limit was met 3 times; peak {10 << 20} bytes"
+    )
+
+
+def test_a_full_file_system_that_no_limit_is_for_is_told_by_the_error_alone() -> None:
+    found = judged(finished=finished(1, errno.ENOSPC))
+    assert (found.status, found.limits_hit, found.error) == ("error", [], ERROR)
 
 
 @given(

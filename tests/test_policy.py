@@ -339,6 +339,24 @@ def test_every_problem_of_a_file_is_found_in_order(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_not_built_yet_is_told_beside_other_problems(tmp_path: Path) -> None:
+    text = (
+        "name = 3\n[filesystem]\nproc = 'masked'\nread_only = 'x'\nnone = 1\n[limits]\npids = 0\n"
+        "[runtime]\nlanguage = 'bash'\n[seccomp]\nallow = ['mount']\ndeny = ['mount']\n"
+    )
+    found, problems = policy.check(written(tmp_path, text))
+    assert found is None
+    assert [(problem.line, problem.key) for problem in problems] == [
+        (1, "name"),
+        (3, "filesystem.proc"),
+        (4, "filesystem.read_only"),
+        (5, "filesystem.none"),
+        (7, "limits.pids"),
+        (9, "runtime.language"),
+        (12, "seccomp.deny"),
+    ]
+
+
 # --- lines in odd files -------------------------------------------------------------------------------------------
 
 LINES = [
@@ -627,6 +645,14 @@ def test_policy_check_knows_the_system_calls(tmp_path: Path, line: str) -> None:
     done = CliRunner().invoke(cli, ["policy", "check", str(file)])
     assert done.exit_code == 2, done.output
     assert f"{file}:2: " in done.stderr
+
+
+@pytest.mark.parametrize("line", ["allow = ['opnat']", "deny = ['read']", "profile = 'defualt'"])
+def test_a_policy_whose_filter_cannot_be_made_is_told_with_its_line(tmp_path: Path, line: str) -> None:
+    file = written(tmp_path, f"[seccomp]\n{line}\n")
+    with pytest.raises(PolicyError) as caught:
+        policy.load(file)
+    assert (caught.value.file, caught.value.line) == (str(file), 2)
 
 
 def test_policy_check_accepts_what_is_right(tmp_path: Path) -> None:

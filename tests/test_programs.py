@@ -28,6 +28,8 @@ ENDS_WELL = [
     ("only-a-comment", "# nothing\n", ""),
     ("unicode", "print('α β – 日本語 🙂', len('🙂'))", "α β – 日本語 🙂 1\n"),
     ("unicode-name", "größe = 3\nprint(größe)", "3\n"),
+    ("coding-cookie", "# -*- coding: latin-1 -*-\nprint('é')", "é\n"),
+    ("coding-cookie-unknown", "#!x\n# coding: no-such\nprint('é')\n'é'", "é\n"),
     ("byte-order-mark", "\ufeffprint('bom')", "bom\n"),
     ("carriage-returns", "print(1)\r\nprint(2)\r\n", "1\n2\n"),
     ("no-last-newline", "print('x', end='')", "x"),
@@ -447,7 +449,7 @@ EXCEPTIONS = [  # type, message, line
     # What an exception says of itself may be anything.
     ("raise OSError(True, 'odd')", "PermissionError", "[Errno True] odd", 1),
     ("raise OSError(10**30, 'odd')", "OSError", f"[Errno {10**30}] odd", 1),
-    ("e = SyntaxError('s')\ne.filename, e.lineno = __file__, 10**30\nraise e", "SyntaxError", "s (main.py, line -1)", 3),
+    ("e = SyntaxError('s')\ne.filename, e.lineno = __file__, 10**30\nraise e", "SyntaxError", "s", 3),
     ("class E(Exception):\n    def __str__(self): return '\\ud800'\nraise E", "E", "?", 3),
 ]  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
-from sandboxd import Limits, Policy, Result, Sandbox
+from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox
 from tests.leftovers import assert_nothing_new, descendants, eventually, lives, snapshot
 from tests.test_results import live_runs
 
@@ -213,6 +214,63 @@ def test_ctrl_c_of_the_terminal_does_not_reach_the_engine(own: Sandbox) -> None:
     # The terminal signals a process group: the engine must not be in the caller's.
     assert os.getpgid(engine_of(own)) != os.getpgid(0)
     assert os.getsid(engine_of(own)) != os.getsid(0)
+
+
+# --- arguments of a wrong type -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"limits": {"wall_seconds": 1}}, "limits must be sandboxd.Limits"),
+        ({"policy": None}, "policy must be"),
+        ({"policy": 5}, "policy must be"),
+        ({"max_running": 0}, "max_running must be"),
+        ({"max_running": "3"}, "max_running must be"),
+        ({"memory_bytes": 1.5}, "memory_bytes must be"),
+        ({"memory_bytes": "100X"}, "memory_bytes: '100X' is not allowed"),
+        ({"memory_bytes": "unlimited"}, "memory_bytes: 'unlimited' is not allowed"),
+        ({"ids": 5}, "ids must be"),
+    ],
+)
+def test_wrong_arguments_of_a_sandbox_start_nothing(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], named: str
+) -> None:
+    monkeypatch.setattr("sandboxd.client.EngineProcess", lambda: pytest.fail("an engine was started"))
+    with pytest.raises(PolicyError, match=f"^{re.escape(named)}"):
+        Sandbox(**given)
+
+
+def test_connect_refuses_limits_that_are_none() -> None:
+    with pytest.raises(PolicyError, match="limits must be"):
+        Sandbox.connect("unix:/nowhere", limits={"pids": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"files": ["x"]}, "files"),
+        ({"env": ["x"]}, "env"),
+        ({"env": "x"}, "env"),
+        ({"args": 5}, "args"),
+        ({"args": "abc"}, "args"),
+        ({"args": b"abc"}, "args"),
+        ({"args": [1]}, "args[0]"),
+        ({"on_stdout": 3}, "on_stdout"),
+        ({"on_stderr": "x"}, "on_stderr"),
+        ({"stdin": 1}, "stdin"),
+        ({"limits": {"pids": 1}}, "limits"),
+    ],
+)
+def test_wrong_arguments_of_a_run_are_named(sandbox: Sandbox, given: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        sandbox.run("1", **given)
+    assert caught.value.field == field
+
+
+def test_the_engines_memory_may_be_a_size_with_a_unit() -> None:
+    with Sandbox(memory_bytes="1G") as made:
+        assert made.run("print(1)").stdout == "1\n"
 
 
 # --- threads ------------------------------------------------------------------------------------------------------

@@ -71,9 +71,22 @@ is_current() {
     [[ -e $VENV/.sandboxd-$1 && $(<"$VENV/.sandboxd-$1") == "$(fingerprint)" ]]
 }
 
+# Refuse a $VENV in a place that a sandbox has for itself: no interpreter there can be shown in one (_NEVER_BELOW in
+# sandboxd/rootfs.py).
+check_place() {
+    local spelled real place
+    spelled=$(realpath --canonicalize-missing --no-symlinks -- "$VENV")
+    real=$(realpath --canonicalize-missing -- "$VENV")
+    for place in /code /dev /etc /proc /run /sandboxd /sys /tmp /var/run /var/tmp /workspace; do
+        [[ $spelled/ != "$place"/* && $real/ != "$place"/* ]] ||
+            fail "no sandbox can use an environment in $place: have it made elsewhere, with SANDBOXD_VENV=/path $0"
+    done
+}
+
 # Make $VENV hold sandboxd, from this tree, with the extra $1 of pyproject.toml.
 setup_environment() {
     local extra=$1 python missing
+    check_place
     if ! "$VENV/bin/python" -c '' 2>/dev/null; then
         python=$(find_python) || {
             install_packages python3

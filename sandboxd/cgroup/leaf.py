@@ -281,6 +281,11 @@ class Leaf:
         """Whether every task is stopped."""
         return self._life is not None and self._life.frozen()
 
+    def unthrottle(self) -> None:
+        """Lift the CPU quota: what was killed has to run its own end, and would do so at the pace of the quota."""
+        self._limits = None  # the next set_limits writes everything again
+        self._bandwidth.set_quota(None, _PERIOD_USEC)
+
     def kill(self) -> None:
         """SIGKILL every task, frozen or not; ``is_empty`` says when they are gone.
 

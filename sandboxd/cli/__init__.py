@@ -7,15 +7,20 @@ cannot or a failure of ours, 130 for Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from importlib import import_module
 from typing import Any
 
-import click
+try:
+    from importlib import import_module
 
-from sandboxd.cli import output
-from sandboxd.errors import Busy, InvalidRequest, PolicyError, SandboxError
+    import click
+
+    from sandboxd.cli import output
+    from sandboxd.errors import Busy, InvalidRequest, PolicyError, SandboxError
+except KeyboardInterrupt:  # nothing has begun, and nobody wants to see where
+    sys.exit(130)
 
 __all__ = ["CommandLine", "cli", "failure_status", "main"]
 
@@ -23,6 +28,7 @@ EXIT_USAGE = 2
 EXIT_BUSY = 75
 EXIT_UNAVAILABLE = 125
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 
 # name: (module, attribute, help line). The line stands here so that `sandboxd --help` imports none of them.
 COMMANDS = {
@@ -63,22 +69,42 @@ class CommandLine(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, _, line) in COMMANDS.items()])
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **extra)
+        except KeyboardInterrupt:  # click's own answer is status 1
+            raise click.exceptions.Exit(EXIT_INTERRUPTED) from None
+        except OSError as error:  # it writes the help of the group
+            raise click.exceptions.Exit(output_lost(output.OutputLost("stdout", error.errno or errno.EIO))) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except output.OutputLost as error:
+            ctx.exit(output_lost(error))
         except SandboxError as error:
             output.complain(output.describe(error))
             ctx.exit(failure_status(error))
         except KeyboardInterrupt:
             ctx.exit(EXIT_INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception:  # not 1, which is the status of a program that raised
+        except Exception as error:  # not 1, which is the status of a program that raised
+            if isinstance(error, OSError) and error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC):
+                ctx.exit(output_lost(output.OutputLost("stdout", error.errno)))  # click's own, such as a command's help
             import traceback
 
             output.complain("a failure of sandboxd itself; please report it with what follows")
             traceback.print_exc()
             ctx.exit(EXIT_UNAVAILABLE)
+
+
+def output_lost(error: output.OutputLost) -> int:
+    """Say that our stdout or stderr takes no more, unless its reader went away; the exit status for it."""
+    if not error.reader_gone:
+        output.complain(str(error))
+    output.silence()
+    return EXIT_READER_GONE if error.reader_gone else EXIT_UNAVAILABLE
 
 
 def failure_status(error: SandboxError) -> int:
@@ -134,12 +160,12 @@ def main() -> None:
     """The ``sandboxd`` command, with the arguments of this process; never returns."""
     # A caller may close descriptors 0 to 2; the next file opened here would then take such a number, and the program's
     # output would go into it.
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
     try:
+        for fd in range(3):
+            try:
+                os.fstat(fd)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)
         cli(prog_name="sandboxd")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

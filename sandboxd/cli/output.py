@@ -81,8 +81,11 @@ def paint(text: str, style: str, stream: IO[str] | None = None) -> str:
 
 
 def write(line: str = "", *, err: bool = False) -> None:
-    """One line on stdout or stderr; its parts must be escaped already."""
-    click.echo(line, err=err)
+    """One line on stdout or stderr; its parts must be escaped already. Raises OutputLost."""
+    try:
+        click.echo(line, err=err)
+    except OSError as error:
+        raise OutputLost("stderr" if err else "stdout", error.errno or errno.EIO) from error
 
 
 def complain(message: str) -> None:
@@ -102,11 +105,11 @@ def emit_json(value: Any) -> None:
     """*value* as one JSON object on one line.
 
     ASCII only: a terminal sees no control character, no C1 byte and no bidirectional override of a program's output,
-    and a lone surrogate stays representable.
+    and a lone surrogate stays representable. Raises OutputLost.
     """
     import json
 
-    click.echo(json.dumps(value, ensure_ascii=True, allow_nan=False))
+    write(json.dumps(value, ensure_ascii=True, allow_nan=False))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -127,7 +130,7 @@ def quantity(size_bytes: float) -> str:
 
 
 def silence() -> None:
-    """Point stdout and stderr at /dev/null, so that the flush at exit does not complain about a closed pipe."""
+    """Point stdout and stderr at /dev/null, so that the flush at exit does not complain about what they cannot take."""
     null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
     for fd in (1, 2):
         os.dup2(null, fd)

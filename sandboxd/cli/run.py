@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
+import signal
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, SandboxError
 from sandboxd.wire import CODE_MAX_BYTES, check_args, check_code, check_env, check_filename
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from sandboxd.client import Sandbox
@@ -32,7 +35,7 @@ __all__ = ["exit_status", "failure", "run"]
 
 LIMIT_OPTIONS = {"timeout": "wall_seconds", "memory": "memory_bytes", "cpus": "cpus", "pids": "pids"}
 STDIN_MAX_BYTES = 64 << 20
-EXIT_READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
+COOKIE = re.compile(rb"^[ \t\f]*#.*?coding[:=]", re.MULTILINE)  # PEP 263; whether it counts is tokenize's to say
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,19 @@ class Job:
     env: dict[str, str]
 
 
+class RunCommand(click.Command):
+    """Says of an unknown option what it may have been meant for."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            words = error.format_message().removesuffix(".")
+            raise click.UsageError(f"{words}; put the program's own options after --.", ctx) from None
+
+
 @click.command(
+    cls=RunCommand,
     options_metavar="[OPTIONS]",
     epilog="Exit status: the program's own; 128+N when a signal ended it; 124 timeout or CPU time; 137 memory; "
     "153 output; 159 denied by seccomp; 130 cancelled; 75 busy; 125 the host cannot; 2 wrong usage.",
@@ -180,6 +195,8 @@ def read_source(path: str) -> str:
     """The text of the program in the file *path*, or on stdin for ``-``. Raises click.BadParameter."""
     try:
         data = read_bounded(0 if path == "-" else path, CODE_MAX_BYTES)
+        if COOKIE.search(data[: _two_lines(data)]):
+            return check_code(decoded(data))
         return check_code(data.removeprefix(codecs.BOM_UTF8))
     except BadInput as error:
         raise wrong("FILE", f"{path!r}: {error}") from error
@@ -187,6 +204,27 @@ def read_source(path: str) -> str:
         raise wrong("FILE", f"{path!r}: {error.problem}; allowed: Python source in UTF-8") from None
     except OSError as error:
         raise wrong("FILE", f"{path!r}: {error.strerror}; it must be a file with Python source") from error
+
+
+def _two_lines(data: bytes) -> int:
+    """The length of the first two lines of *data*."""
+    end = data.find(b"\n")
+    end = data.find(b"\n", end + 1) if end >= 0 else -1
+    return end if end >= 0 else len(data)
+
+
+def decoded(data: bytes) -> str:
+    """Source in the encoding that its first lines name, as ``tokenize.open`` decides. Raises BadInput."""
+    import io
+    import tokenize
+
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"byte {error.start} is not text in {encoding}, which the file names as its encoding") from None
+    except (SyntaxError, LookupError) as error:
+        raise BadInput(f"{error}; allowed: Python source in UTF-8, or in the encoding that it names") from None
 
 
 def read_stdin(path: str) -> bytes:
@@ -200,26 +238,35 @@ def read_stdin(path: str) -> bytes:
 
 
 def execute(job: Job, given: dict[str, Any], limits: dict[str, Any], directory: int | None) -> int:
-    """Run *job* and show how it went. Returns the exit status of the command; what went wrong is shown already."""
+    """Run *job* and show how it went. Returns the exit status of the command; what went wrong is shown already.
+
+    Ctrl-C cancels the run, whose Result is shown like any other; a second one does not wait for it.
+    """
     as_json = bool(given["as_json"])
     stdout = output.Passthrough("stdout", sys.stdout)
     stderr = output.Passthrough("stderr", sys.stderr)
+    result = None
     try:
         with open_sandbox(given["policy"], given["connect"], limits) as sandbox:
-            result = sandbox.run(
-                job.source,
-                filename=job.filename or "main.py",
-                results=job.filename is None,
-                args=job.args,
-                files=job.files,
-                stdin=job.stdin,
-                env=job.env,
-                on_stdout=None if as_json else stdout,
-                on_stderr=None if as_json else stderr,
-            )
+            from sandboxd.client import Cancel
+
+            cancel = Cancel()
+            with on_interrupt(cancel):
+                result = sandbox._run_cancellable(
+                    cancel,
+                    job.source,
+                    filename=job.filename or "main.py",
+                    results=job.filename is None,
+                    args=job.args,
+                    files=job.files,
+                    stdin=job.stdin,
+                    env=job.env,
+                    on_stdout=None if as_json else stdout,
+                    on_stderr=None if as_json else stderr,
+                )
             if as_json:
                 output.write(result.to_json())
-            elif words := reason(result):
+            elif words := reason(result, policy_shown(given)):
                 if not stderr.at_line_start:
                     output.write(err=True)
                 output.complain(words)
@@ -227,21 +274,45 @@ def execute(job: Job, given: dict[str, Any], limits: dict[str, Any], directory: 
             status = exit_status(result)
             # The host could not do what was asked; a failure of the program's own is the better news to pass on.
             return status if stored or status else EXIT_UNAVAILABLE
-    except output.OutputLost as error:
-        if error.reader_gone:
-            output.silence()
-            return EXIT_READER_GONE
-        output.complain(str(error))
-        return EXIT_UNAVAILABLE
     except SandboxError as error:
         if as_json:
             output.emit_json(failure(error))
-        output.complain(output.describe(error))
+        words = output.describe(error)
+        if isinstance(error, InvalidRequest) and error.field == "files":
+            words = f"--input: {error.problem}"
+        output.complain(words)
         return failure_status(error)
     except KeyboardInterrupt:
-        if as_json:
-            output.emit_json(failure(None))
+        if result is None:  # else it is shown, or was about to be
+            if as_json:
+                output.emit_json(failure(None))
+            output.complain("cancelled: interrupted before the outcome of the run was known")
         return EXIT_INTERRUPTED
+
+
+@contextmanager
+def on_interrupt(cancel: Callable[[], None]) -> Iterator[None]:
+    """Within it the first SIGINT calls *cancel*, and a second raises KeyboardInterrupt. One that is ignored, as for a
+    job in the background, stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def first(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        cancel()
+
+    try:
+        signal.signal(signal.SIGINT, first)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def policy_shown(given: dict[str, Any]) -> str:
+    """What ``sandboxd policy show`` takes to show the policy of the run; the word NAME when only a daemon knows."""
+    return str(given["policy"] or ("NAME" if given["connect"] else "default"))
 
 
 def open_sandbox(policy: str | None, connect: str | None, limits: dict[str, Any]) -> Sandbox:

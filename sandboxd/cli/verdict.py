@@ -72,8 +72,10 @@ def exit_status(result: Ended) -> int:
     return ((result.exit_code or 0) & 0xFF) or 1
 
 
-def reason(result: Explained) -> str | None:
-    """Why the run did not end well, in one line without our name and not yet escaped; None when it did."""
+def reason(result: Explained, policy: str = "NAME") -> str | None:
+    """Why the run did not end well, in one line without our name and not yet escaped; None when it did. *policy* is
+    what ``sandboxd policy show`` takes to show the run's.
+    """
     if result.status == "ok":
         return None
     explanations: dict[str, Callable[[Explained], str]] = {
@@ -81,7 +83,7 @@ def reason(result: Explained) -> str | None:
         "cpu": _cpu,
         "memory": _memory,
         "output": _output,
-        "denied": _denied,
+        "denied": lambda result: _denied(result, policy),
         "killed": _killed,
         "error": _error,
         "cancelled": lambda _: "the run was cancelled",
@@ -154,10 +156,11 @@ def _output(result: Explained) -> str:
     return _stopped("stopped because it wrote too much", result, "output_stop_bytes", evidence=True)
 
 
-def _denied(result: Explained) -> str:
+def _denied(result: Explained, policy: str) -> str:
     hit = _cause(result)
     proof = f" ({_value(hit)}; {_evidence(hit)})" if hit is not None else ""
-    return f"killed by the seccomp filter{proof}; 'sandboxd policy show' lists the system calls that are allowed"
+    show = f"'sandboxd policy show {policy}'"
+    return f"killed by the seccomp filter{proof}; {show} lists the system calls that are allowed"
 
 
 def _killed(result: Explained) -> str:

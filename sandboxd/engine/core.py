@@ -87,7 +87,9 @@ class Engine:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         layout = cgroup.discover()
         for swept in cgroup.sweep(layout):
-            log.warning("swept what a dead engine left: %s", swept)
+            log.info("swept what a dead engine left in %s; processes killed: %d", swept.name, swept.killed)
+            if swept.left:
+                log.warning("could not be removed, and is tried again by the next engine: %s", ", ".join(swept.left))
         running = self.config.running()
         with contextlib.ExitStack() as undo:
             bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks())

@@ -183,15 +183,15 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
             hit(
                 "memory_bytes",
                 "cgroup",
-                f"{counters.oom_kills} killed for want of memory; the limit met {counters.memory_limit_hits} times; "
-                f"peak {counters.memory_peak_bytes} bytes",
+                f"{counters.oom_kills} killed for want of memory; "
+                f"the limit was met {counters.memory_limit_hits} times; peak {counters.memory_peak_bytes} bytes",
             )
         elif counters.oom_kills:
             hit(
                 "memory_bytes",
                 "cgroup",
-                f"{counters.oom_kills} killed when memory ran out for the whole engine or host; its own limit was "
-                "not met",
+                f"{counters.oom_kills} killed when memory ran out for the whole engine or host; "
+                "this run's own limit was not met",
             )
         if counters.pids_limit_hits:
             hit("pids", "cgroup", f"{counters.pids_limit_hits} times no new process or thread")
@@ -206,13 +206,12 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
         hit("workspace_bytes", "statfs", f"{seen.free_bytes} bytes free in /workspace at the end")
     if seen.free_files is not None and seen.free_files < 1:
         hit("workspace_files", "statfs", "no inode free in /workspace at the end")
+    # Not ENOSPC: a full /workspace shows above, and the sizes of /tmp and /dev/shm are no limits of a policy.
     number = seen.finished.errno if seen.finished is not None else None
     if number == errno.EMFILE:
         hit("open_files", "program", "uncaught EMFILE")
     elif number == errno.EFBIG:
         hit("file_bytes", "program", "uncaught EFBIG")
-    elif number == errno.ENOSPC and not any(one["limit"].startswith("workspace_") for one in hits):
-        hit("workspace_bytes", "program", "uncaught ENOSPC: /workspace, /tmp or /dev/shm was full")
     if seen.finished is None and seen.wait is not None and _ended(seen)[1] == signal.SIGXFSZ:
         hit("file_bytes", "wait", "ended by SIGXFSZ")
     if status == "denied":

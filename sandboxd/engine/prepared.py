@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import rootfs, seccomp
-from sandboxd.errors import Unavailable
+from sandboxd.errors import PolicyError, Unavailable
 from sandboxd.interpreter import Interpreter
 from sandboxd.limits import defaults
 from sandboxd.stages import Stage
+from sandboxd.syscalls import NUMBERS
 from sandboxd.zygote import INSIDE, Zygote, ZygoteBody, ZygoteConfig
 
 if TYPE_CHECKING:
@@ -151,6 +152,9 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
         raise Unavailable("cgroup", None, fix, f"the policy requires the controllers {', '.join(lacking)}")
     chosen = plain["seccomp"]
     profile = seccomp.effective(chosen["profile"], chosen["allow"], chosen["deny"])
+    for name in seccomp.CELLS_NEED:
+        if not any(answer.action.permits for answer in profile.verdict(NUMBERS[name])):
+            raise PolicyError(f"seccomp: {name} is refused, but no program can be started without it.", key="seccomp")
     chosen_python = runtime["interpreter"]
     python = await asyncio.to_thread(Interpreter.probe, chosen_python) if chosen_python else Interpreter.current()
     marker = engine.config.marker_errno
@@ -176,6 +180,7 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     if marker is not None:
         missing.append(f"seccomp: the errnos of refusals (all answer {marker})")
     missing += [f"cgroup: {what}" for what in engine.instance.facts()["missing"]]
+    missing += zygote.kept
     if zygote.landlock_abi == 0:
         missing.append("landlock")
     elif zygote.landlock_abi < SCOPES_ABI:

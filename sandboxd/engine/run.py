@@ -63,6 +63,7 @@ CODE_BYTES: Final = 17 * _MIB
 HELLO: Final = struct.Struct("=4sIiI")
 HELLO_SECONDS: Final = 10.0
 DEATH_SECONDS: Final = 10.0
+UNTHROTTLE_SECONDS: Final = 0.02
 FRAME_BYTES: Final = 1 << 18
 MESSAGE_HEAD_BYTES: Final = 8
 READ_BYTES: Final = 1 << 16
@@ -232,6 +233,9 @@ class CellRun:
                     None if cpus is None else float(cpus),
                 )
             )
+        except IndexError:
+            fix = "start the engine again; its log says which processes would not die"
+            raise Unavailable("slots", None, fix, "every slot is lost to processes that would not die") from None
         except OSError as error:
             fix = "the engine must own its cgroup subtree; sandboxd doctor says what is missing"
             raise Unavailable("cgroup", error.errno, fix, str(error)) from error
@@ -497,7 +501,7 @@ class CellRun:
             async with asyncio.timeout(DEATH_SECONDS):
                 if cell is not None:
                     self._unread(cell.pidfd)
-                    await readable(cell.pidfd)
+                    await self._until_dead(cell.pidfd)
                     if self._finished is None and self._channel is not None and self.started is not None:
                         self._last_frame()
                     with contextlib.suppress(ZygoteLost, OSError):
@@ -520,6 +524,18 @@ class CellRun:
         if self.life.state is not State.ENDING:
             self.life.on(Event.FAILED)
         self.life.on(Event.DEAD)
+
+    async def _until_dead(self, pidfd: int) -> None:
+        """Killed tasks run their own end, under the CPU quota of their leaf: when that takes long, it is lifted."""
+        dead = self._loop.create_task(readable(pidfd))
+        try:
+            await asyncio.wait({dead}, timeout=UNTHROTTLE_SECONDS)
+            if not dead.done() and self.slot is not None and self.slot.leaf is not None:
+                with contextlib.suppress(OSError):
+                    self.slot.leaf.unthrottle()
+            await dead
+        finally:
+            dead.cancel()
 
     def _last_frame(self) -> None:
         """The program's own end may have crossed with a kill of ours; a limit that fired outranks it all the same."""

@@ -25,8 +25,8 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def call(*arguments):
     ctypes.set_errno(0)
-    return 0 if libc.syscall(*[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]) >= 0 else
-    ctypes.get_errno()
+    words = [ctypes.c_long(a) if isinstance(a, int) else a for a in arguments]
+    return 0 if libc.syscall(*words) >= 0 else ctypes.get_errno()
 
 def opened(path, flags):
     try:
@@ -63,6 +63,8 @@ facts = {
     "caps": [status[key] for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")],
     "writable": [path for path in ("/", "/usr", sys.prefix, sys.base_prefix) if os.statvfs(path).f_flag & 3 != 3],
     "device-ioctl": call(16, null, 0x5401, ctypes.create_string_buffer(64)),
+    "nice": max(0, -os.getpriority(os.PRIO_PROCESS, 0)), "policy": os.sched_getscheduler(0),
+    "personality": max(0, libc.syscall(135, ctypes.c_ulong(0xFFFFFFFF))),  # -1: this filter lets nobody ask
     "nnp": status["NoNewPrivs"], "seccomp": status["Seccomp"],
     "fds": descriptors,
     "links": [line.split(":")[0].strip() for line in open("/proc/self/net/dev").readlines()[2:]],
@@ -93,6 +95,9 @@ def verify(stdout: str, guest_uid: int, landlock_abi: int, profile: Profile) -> 
         "cgroup": ["/"],
         "caps": ["0000000000000000"] * 5,
         "writable": [],
+        "nice": 0,
+        "policy": 0,
+        "personality": 0,
         "nnp": "1",
         "seccomp": "2",
         "fds": [0, 1, 2, 3],

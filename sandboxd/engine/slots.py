@@ -33,6 +33,7 @@ class Slots:
         self._zygote_uid = zygote_uid
         self._free = [Slot(index) for index in range(capacity - 1, -1, -1)]
         self._leaving: list[Leaf] = []
+        self._abandoned: dict[Leaf, Slot] = {}
         self._timer: asyncio.TimerHandle | None = None
 
     def take(self) -> Slot:
@@ -79,6 +80,8 @@ class Slots:
             try:
                 if not leaf.remove():
                     staying.append(leaf)
+                elif (slot := self._abandoned.pop(leaf, None)) is not None:
+                    self._free.insert(0, slot)
             except OSError as error:
                 log.warning("cgroup leaf %s cannot be removed: %s", leaf.name, error)
         self._leaving = staying

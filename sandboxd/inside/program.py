@@ -107,7 +107,11 @@ def described(error: BaseException, path: str) -> dict[str, Any]:
         message = str(error)
     except Exception:
         message = f"<{name} whose str() failed>"
-    line = error.lineno if isinstance(error, SyntaxError) and error.filename == path else None
+    line = None
+    if isinstance(error, SyntaxError) and error.filename == path:
+        line = error.lineno
+        if isinstance(error.msg, str):
+            message = error.msg  # str() adds the file and the line, which have their own places
     trace = error.__traceback__
     while trace is not None:
         if trace.tb_frame.f_code.co_filename == path:
@@ -156,7 +160,8 @@ class Program:
     def execute(self) -> None:
         """Compile and run; the value of a last expression is kept when the caller wants results."""
         with io.open_code(self.path) as file:
-            source = file.read()
+            # The engine wrote text as UTF-8: a coding cookie, which may say otherwise, counts only for bytes.
+            source = file.read().decode().removeprefix("\ufeff")
         body, last = self.split(source) if self.wants_results and len(source) <= TREE_CHARACTERS else (None, None)
         if body is None:
             body = compile(source, self.path, "exec", dont_inherit=True)
@@ -168,7 +173,7 @@ class Program:
         if value is not None:
             self.results.append({"text/plain": clip(repr(value), RESULT_CHARACTERS)})
 
-    def split(self, source: bytes) -> tuple[types.CodeType | None, types.CodeType | None]:
+    def split(self, source: str) -> tuple[types.CodeType | None, types.CodeType | None]:
         """The program without its last expression, and that; nothing when there is none, or when only the compiler
         itself, which goes deeper than a tree of objects may, can tell what is wrong with it.
         """

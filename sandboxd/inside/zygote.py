@@ -21,12 +21,25 @@ def say(message: dict[str, object]) -> None:
     os.write(ENGINE, json.dumps(message).encode())
 
 
+def absent(names: list[str]) -> list[str]:
+    """Those of *names* whose top-level package is not installed: all at once, before the slow imports begin."""
+    if not names:
+        return []
+    from importlib.util import find_spec
+
+    return [name for name in names if name not in sys.modules and find_spec(name.partition(".")[0]) is None]
+
+
 def preload(names: list[str], warmup: str) -> None:
     """Import *names* and run *warmup* in a namespace that is thrown away; the first failure is the engine's to
     explain.
     """
     step = ""
     try:
+        missing = absent(names)
+        if missing:
+            say({"ok": False, "step": "preload", "missing": missing, "error": ""})
+            os._exit(1)
         for step in names:
             __import__(step)
         if warmup:
@@ -34,7 +47,7 @@ def preload(names: list[str], warmup: str) -> None:
             exec(compile(warmup, "<warmup>", "exec"), {"__name__": "__warmup__"})  # noqa: S102 - the operator's own text
     except BaseException as error:
         # Also SystemExit and KeyboardInterrupt: a library that ends the zygote has failed to load.
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        missing = [error.name] if isinstance(error, ModuleNotFoundError) and error.name else []
         say({"ok": False, "step": step, "missing": missing, "error": f"{type(error).__name__}: {error}"[:2000]})
         os._exit(1)
 

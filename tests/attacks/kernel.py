@@ -97,6 +97,34 @@ def _calls() -> Iterator[Attack]:
         yield Attack(f"call-{name}", what, code, refusal, walls, opens=opens, absent=absent)
 
 
+_HUGE_PAGES = (
+    Attack(
+        "memfd-hugetlb",
+        "memory from the host's pool of huge pages, which no limit counts",
+        'call("memfd_create", b"huge", 4)',
+        "EINVAL",
+        {"seccomp": "EINVAL"},
+        absent=("ENOSYS",),
+    ),
+    Attack(
+        "mmap-hugetlb",
+        "memory from the host's pool of huge pages, which no limit counts",
+        'call("mmap", 0, 1 << 21, 3, 0x40022, -1, 0)',
+        "ENOMEM",
+        why="the filter; a kernel whose pool is empty says the same",
+    ),
+    Attack(
+        "madvise-mergeable",
+        "find pages of others by the time that merged ones take to be written",
+        """
+        page = mmap.mmap(-1, 4096)
+        call("madvise", ctypes.addressof(ctypes.c_char.from_buffer(page)), 4096, 12)
+        """,
+        "EINVAL",
+        {"seccomp": "EINVAL"},
+    ),
+)
+
 _I386 = """
 code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
 code.write(bytes([0xB8, 20, 0, 0, 0, 0xCD, 0x80, 0xC3]))  # mov eax, getpid; int 0x80; ret
@@ -152,6 +180,7 @@ def _ioctls() -> Iterator[Attack]:
 
 ATTACKS = (
     *_calls(),
+    *_HUGE_PAGES,
     *_ioctls(),
     Attack(
         "i386-call",
