@@ -203,7 +203,7 @@ cell_seal(const struct cell_plan *plan)
 
     for (size_t i = 0; i < ARRAY_SIZE(steps); i++) {
         /* Descriptors are placed in any case: without them no program runs. */
-        int r = is_down(steps[i].stage) && steps[i].stage != SBX_STAGE_FDS ? 0 : steps[i].run(plan);
+        int r = is_down((int)steps[i].stage) && steps[i].stage != SBX_STAGE_FDS ? 0 : steps[i].run(plan);
 
         if (steps[i].stage == SBX_STAGE_FDS && r >= 0)
             channel = CHANNEL;
