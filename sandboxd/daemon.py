@@ -227,24 +227,28 @@ class Daemon:
         pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         most = self._config.engine.max_clients
         full = len(self._clients) >= most and uid != 0  # the operator gets in to look
-        if full or self._per_uid[uid] >= max(1, most // CLIENTS_SHARE):
-            log.warning("client uid %d pid %d: turned away, too many connections", uid, pid)
-            with sock, contextlib.suppress(OSError):
+        sees_all = uid in (0, os.geteuid())
+        stuck = not sees_all and protocol.closing(uid) > protocol.CLOSING_MAX
+        if full or stuck or self._per_uid[uid] >= max(1, most // CLIENTS_SHARE):
+            why = "descriptors that it sent cannot be closed" if stuck else "too many connections"
+            log.warning("client uid %d pid %d: turned away, %s", uid, pid, why)
+            with contextlib.suppress(OSError):
                 sock.setblocking(False)
                 protocol.send(sock, {"op": "refused", "error": Busy(1.0).plain()})
+            protocol.hang_up(sock, uid)
             return
-        sees_all = uid in (0, os.geteuid())
         connection = Connection(self._engine, sock, {"uid": uid, "pid": pid}, self._policy, sees_all)
         task = self._loop.create_task(connection.serve())
         self._clients.add(task)
         self._per_uid[uid] += 1
-        task.add_done_callback(lambda done: self._left(done, uid))
+        task.add_done_callback(lambda done: self._left(done, uid, connection))
 
     def _listen_again(self, listener: socket.socket) -> None:
         if not self._over.done():
             self._loop.add_reader(listener.fileno(), self._accept, listener)
 
-    def _left(self, task: asyncio.Task[None], uid: int) -> None:
+    def _left(self, task: asyncio.Task[None], uid: int, connection: Connection) -> None:
+        connection.hang_up()  # a task that was cancelled before it began did not
         self._clients.discard(task)
         self._per_uid[uid] -= 1
         if not self._per_uid[uid]:

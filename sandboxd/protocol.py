@@ -13,6 +13,7 @@ which is the same. The run ends with ``result`` or ``refused``. Pure standard li
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import mmap
@@ -21,6 +22,7 @@ import re
 import socket
 import struct
 import threading
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -31,10 +33,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CANCEL",
+    "CLOSING_MAX",
     "JSON_BYTES",
     "PAYLOAD_BYTES",
+    "REQUESTS",
     "VERSION",
+    "Bounds",
     "Packet",
+    "closing",
+    "hang_up",
     "hello",
     "pack",
     "receive",
@@ -51,12 +58,31 @@ JSON_BYTES: Final = 8 << 20
 JSON_DEPTH: Final = 32
 JSON_VALUES: Final = 500_000  # 100,000 files are 300,000
 PAYLOAD_BYTES: Final = 4 << 30
+CLOSING_MAX: Final = 512
+"""Descriptors of one owner that are still being closed; with more, its packets should not be taken any more."""
+_CLOSERS: Final = 16
+_LARGE_BYTES: Final = 8 << 20  # a memfd whose pages take a millisecond to be given back
+_RIGHTS_ROOM: Final = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD: what has no room, the kernel would close in this thread
 
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
 Buffer = bytes | bytearray | memoryview
 
 CANCEL: Final = {"op": "cancel"}
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a message may hold: bytes of JSON, values, and quotation marks, which cost the most to be looked at."""
+
+    text_bytes: int = JSON_BYTES
+    values: int = JSON_VALUES
+    quotes: int = JSON_BYTES
+
+
+ANYTHING: Final = Bounds()
+REQUESTS: Final = Bounds(1 << 20, 40_000, 160_000)
+"""Of a client that is not trusted: some 13,000 files, judged in about 20 ms."""
 
 
 def hello() -> dict[str, Any]:
@@ -155,13 +181,16 @@ def send_packed(sock: socket.socket, buffers: Sequence[Buffer], fd: int) -> None
     sock.sendmsg(buffers, control, socket.MSG_NOSIGNAL)
 
 
-def receive(sock: socket.socket, flags: int = 0) -> Packet | None:
-    """One packet, or None at the end of the connection.
+def receive(
+    sock: socket.socket, flags: int = 0, *, inline: bool = False, bounds: Bounds = ANYTHING, owner: object = None
+) -> Packet | None:
+    """One packet, or None at the end of the connection. With *inline* one in a memfd is refused before it is looked at.
+    Descriptors that are no packet's are closed on *owner*'s account, see ``closing``.
 
     Raises ProtocolError for anything that is not a packet, BlockingIOError when none is there on a non-blocking socket.
     """
     # recv_fds() drops its flags (gh-107898): a descriptor would be open across exec for a moment.
-    data, control, got, _ = sock.recvmsg(INLINE_BYTES + _HEAD.size, socket.CMSG_LEN(4), flags | socket.MSG_CMSG_CLOEXEC)
+    data, control, got, _ = sock.recvmsg(INLINE_BYTES + _HEAD.size, _RIGHTS_ROOM, flags | socket.MSG_CMSG_CLOEXEC)
     fds = [
         fd
         for level, kind, raw in control
@@ -173,26 +202,118 @@ def receive(sock: socket.socket, flags: int = 0) -> Packet | None:
             return None
         if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ProtocolError("A packet is longer than the protocol allows.")
-        return _parse(data, fds)
+        return _parse(data, fds, inline, bounds)
     except BaseException:
         for fd in fds:
-            _dispose(fd)
+            _dispose(fd, owner)
         raise
 
 
-def _dispose(fd: int) -> None:
+def hang_up(sock: socket.socket, owner: object = None) -> None:
+    """Close a connection to a peer that is not trusted; what was sent to it can still be read. Never blocks.
+
+    Packets that nobody has read go with it, and with them what they carry: as in ``_dispose``, not in this thread.
+    """
+    if sock.fileno() < 0:
+        return
+    read = False
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+        # With SO_PASSCRED every packet has control data, the end has none: so an empty packet is not taken for the end.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        data, _, got, _ = sock.recvmsg(1, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        read = not data and not got & socket.MSG_CTRUNC
+    if read:
+        sock.close()
+    else:
+        _closer.put(sock.detach(), owner)
+
+
+def closing(owner: object) -> int:
+    """How many descriptors of *owner* are not closed yet."""
+    return _closer.count(owner)
+
+
+def _dispose(fd: int, owner: object) -> None:
     """Close a descriptor that may be of any kind. What is no memfd may block in close(2) (SO_LINGER, FUSE, NFS): for as
     long as its sender likes, so not in this thread.
     """
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+        small = os.fstat(fd).st_blocks * 512 <= _LARGE_BYTES
     except OSError:
-        threading.Thread(target=os.close, args=(fd,), name="sandboxd-close", daemon=True).start()
+        small = False
+    if small:
+        os.close(fd)
     else:
+        _closer.put(fd, owner)
+
+
+class _Closer:
+    """Closes descriptors that may block. Each owner has a line of its own, which one thread at a time works off: who
+    sends what cannot be closed waits for it alone. A thread ends when there is nothing left to do.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lines: dict[object, deque[int]] = {}
+        self._untended: deque[object] = deque()
+        self._threads = 0
+
+    def put(self, fd: int, owner: object) -> None:
+        with self._lock:
+            line = self._lines.get(owner)
+            if line is None:
+                line = self._lines[owner] = deque()
+                self._untended.append(owner)
+            line.append(fd)
+            if not self._untended or self._threads >= _CLOSERS:
+                return
+            self._threads += 1
+        try:
+            threading.Thread(target=self._work, name="sandboxd-close", daemon=True).start()
+        except RuntimeError:  # no more threads at the moment; the next descriptor tries again
+            with self._lock:
+                self._threads -= 1
+
+    def count(self, owner: object) -> int:
+        with self._lock:
+            return len(self._lines.get(owner, ()))
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._untended:
+                    self._threads -= 1
+                    return
+                owner = self._untended.popleft()
+                line = self._lines[owner]
+            while True:
+                with self._lock:
+                    if not line:
+                        del self._lines[owner]
+                        break
+                    fd = line[0]
+                _close(fd)
+                with self._lock:
+                    line.popleft()
+
+
+_closer: Final = _Closer()
+
+
+def _close(fd: int) -> None:
+    """close(2), after which nothing waits for a peer if that can be had."""
+    with contextlib.suppress(OSError):
+        sock = socket.socket(fileno=fd)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
+        sock.detach()
+    with contextlib.suppress(OSError):
         os.close(fd)
 
 
-def _parse(data: bytes, fds: list[int]) -> Packet:
+def _parse(data: bytes, fds: list[int], inline: bool, bounds: Bounds) -> Packet:
     if len(data) < _HEAD.size:
         raise ProtocolError("A packet is too short to be one.")
     magic, version, flags, zero, text_bytes, payload_bytes = _HEAD.unpack_from(data)
@@ -200,13 +321,17 @@ def _parse(data: bytes, fds: list[int]) -> Packet:
         raise ProtocolError("The other side does not speak sandboxd's protocol.")
     if version != VERSION:
         raise ProtocolError(f"The other side speaks version {version} of the protocol; this side speaks {VERSION}.")
-    if flags not in (0, _IN_MEMFD) or zero or text_bytes > JSON_BYTES or payload_bytes > PAYLOAD_BYTES:
+    if flags not in (0, _IN_MEMFD) or zero or payload_bytes > PAYLOAD_BYTES:
         raise ProtocolError("A packet's head is out of bounds.")
+    if text_bytes > bounds.text_bytes:
+        raise ProtocolError(f"A message is longer than {bounds.text_bytes:,} bytes: its head is out of bounds.")
     if flags == 0:
         if fds or len(data) != _HEAD.size + text_bytes + payload_bytes:
             raise ProtocolError("A packet's lengths do not add up.")
         text = data[_HEAD.size : _HEAD.size + text_bytes]
-        return Packet(loads(text), data[_HEAD.size + text_bytes :], payload_bytes, text_bytes)
+        return Packet(loads(text, bounds), data[_HEAD.size + text_bytes :], payload_bytes, text_bytes)
+    if inline:
+        raise ProtocolError("Only a request for a run may come in a memfd.")
     if len(fds) != 1 or len(data) != _HEAD.size:
         raise ProtocolError("A packet's lengths do not add up.")
     try:
@@ -220,7 +345,7 @@ def _parse(data: bytes, fds: list[int]) -> Packet:
         raise ProtocolError("A packet's lengths do not add up.")
     if facts.st_blocks * 512 < facts.st_size:
         raise ProtocolError("A packet's memfd has holes.")
-    return Packet(loads(os.pread(fds[0], text_bytes, payload_bytes)), fds[0], payload_bytes, text_bytes)
+    return Packet(loads(os.pread(fds[0], text_bytes, payload_bytes), bounds), fds[0], payload_bytes, text_bytes)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -240,15 +365,17 @@ _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _ALIKE: Final = bytes.maketrans(b"{}", b"[]")
 
 
-def _check_shape(text: bytes) -> None:
-    """Raises ProtocolError when *text* nests more than JSON_DEPTH deep or holds more than JSON_VALUES values: millions
+def _check_shape(text: bytes, bounds: Bounds) -> None:
+    """Raises ProtocolError when *text* nests more than JSON_DEPTH deep or holds more values than *bounds*: millions
     of small objects take a hundred times the room of their text. In passes over the whole, for a loop over the bytes of
     a large message takes a second.
     """
-    if text.count(b"[") + text.count(b"{") > JSON_DEPTH or text.count(b",") > JSON_VALUES:
+    if text.count(b'"') > bounds.quotes:
+        raise ProtocolError(f"A message holds more than {bounds.quotes:,} quotation marks.")
+    if text.count(b"[") + text.count(b"{") > JSON_DEPTH or text.count(b",") > bounds.values:
         text = _STRING.sub(b"", text)
-        if text.count(b"[") + text.count(b"{") + text.count(b",") > JSON_VALUES:
-            raise ProtocolError(f"A message holds more than {JSON_VALUES:,} values.")
+        if text.count(b"[") + text.count(b"{") + text.count(b",") > bounds.values:
+            raise ProtocolError(f"A message holds more than {bounds.values:,} values.")
         brackets = text.translate(_ALIKE, _NO_BRACKETS)
         for _ in range(JSON_DEPTH):
             if not brackets:
@@ -258,9 +385,9 @@ def _check_shape(text: bytes) -> None:
             raise ProtocolError(f"A message is nested more than {JSON_DEPTH} deep, or its brackets do not match.")
 
 
-def loads(data: bytes) -> dict[str, Any]:
+def loads(data: bytes, bounds: Bounds = ANYTHING) -> dict[str, Any]:
     """A JSON object from an untrusted side: bounded depth and size, no NaN, no key twice. Raises ProtocolError."""
-    _check_shape(data)
+    _check_shape(data, bounds)
     try:
         # Decoded here: json would also take UTF-16, whose brackets and quotes were not seen above.
         found = json.loads(str(data, "utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)

@@ -29,7 +29,6 @@ from sandboxd.client import Cancel
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.result import OutputFile, _Contents
 from sandboxd.wire import check_inputs_fit
-
 from tests.leftovers import eventually, processes
 
 if TYPE_CHECKING:

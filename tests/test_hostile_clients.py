@@ -11,10 +11,12 @@ import mmap
 import os
 import random
 import re
+import select
 import socket
 import struct
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +27,7 @@ from hypothesis import strategies as st
 from sandboxd import protocol
 from sandboxd.engine import connection
 from sandboxd.engine.connection import Connection
+from sandboxd.engine.share import Share
 from sandboxd.errors import Busy, ConnectionLost, ProtocolError
 from tests import daemons, leftovers
 from tests.daemons import Raw, Served, as_user, header, request
@@ -395,11 +398,37 @@ def test_descriptors_beyond_the_one_are_refused_and_closed(served: Served, count
         fd = protocol.sealed([text])
         with Raw(served) as raw:
             raw.send_bytes(packet(text if not flags else b"", flags=flags, text=len(text)), [fd] * count)
-            if flags and count == 1:
-                assert raw.answer()["op"] == "ps"
-            else:
-                assert raw.refusal()[0] == "ProtocolError"
+            assert raw.refusal()[0] == "ProtocolError"
+            assert raw.answer() == {}
         os.close(fd)
+
+
+@pytest.mark.parametrize("unread", [True, False], ids=["unread", "second"])
+def test_no_descriptor_is_closed_in_the_engines_thread(served: Served, unread: bool) -> None:
+    with Raw(served) as raw:
+        fds = [lingering(), lingering()]
+        # Something to work on first, so that what follows is there when it is done.
+        if unread:
+            send_memfd(raw, b'{"op":"cancel","x":[' + b"[]," * 100_000 + b'"\\u0041"]}')
+            raw.send_bytes(b"")
+            raw.send_bytes(b"x", fds)
+        else:
+            raw.send({"op": "ps", "x": "y" * 30_000})
+            raw.send_bytes(packet(b"", flags=1, text=11), fds)
+        for fd in fds:
+            os.close(fd)
+        begun = time.monotonic()
+        if not unread:
+            assert raw.answer()["op"] == "ps"
+        assert raw.refusal()[0] == "ProtocolError"
+        assert raw.answer() == {}
+        for _ in range(3):
+            with Raw(served) as other:
+                other.send({"op": "ps"})
+                assert other.answer()["op"] == "ps"
+        assert time.monotonic() - begun < 3
+    while keep:
+        keep.pop().close()
 
 
 def test_descriptors_in_packets_that_nobody_reads_go_with_the_connection(served: Served) -> None:
@@ -538,6 +567,63 @@ def test_a_cancel_that_crosses_with_the_result_hides_nothing(served: Served) -> 
                 assert answer["result"]["status"] in ("ok", "cancelled")
 
 
+def test_a_cancel_that_means_no_run_is_refused(served: Served) -> None:
+    with Raw(served) as raw:
+        raw.send(protocol.CANCEL)
+        assert raw.refusal()[0] == "ProtocolError"
+    with Raw(served) as raw:
+        raw.send(request(), b"pass")
+        assert raw.answer()["op"] == "result"
+        raw.send(protocol.CANCEL)
+        raw.send(protocol.CANCEL)
+        assert raw.refusal()[0] == "ProtocolError"
+        assert raw.answer() == {}
+
+
+def test_who_sends_large_requests_in_a_row_stops_nobodys_clock(served: Served) -> None:
+    # What costs the most of what is taken, on a connection that goes on: the refusal is of the policy.
+    text = b'{"op":"run","policy":"!","run":{"x":[' + b"[]," * 19_000 + b'"' + b"\\u0041" * 140_000 + b'"]}}'
+    head = protocol._HEAD.pack(protocol.MAGIC, protocol.VERSION, 1, 0, len(text), 0)
+    read, write = os.pipe()
+
+    def flood() -> int:
+        fd = protocol.sealed([text])
+        answers = 0
+        with contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(Raw(served)) for _ in range(8)]
+            for raw in clients:
+                raw.sock.setblocking(False)
+            os.write(write, b"x")
+            until = time.monotonic() + 5
+            while time.monotonic() < until:
+                for raw in clients:
+                    with contextlib.suppress(BlockingIOError):
+                        while True:
+                            raw.send_bytes(head, [fd])
+                    with contextlib.suppress(BlockingIOError):
+                        while protocol.receive(raw.sock) is not None:
+                            answers += 1
+                time.sleep(0.01)
+        return answers
+
+    child = daemons.Child(flood, HOSTILE, GID)
+    os.read(read, 1)
+    with Raw(served) as raw:
+        begun = time.monotonic()
+        raw.send(request(code_bytes=len(daemons.SLEEP), limits={"wall_seconds": 1.0}), daemons.SLEEP.encode())
+        while time.monotonic() - begun < 0.8:
+            with Raw(served) as other:
+                asked = time.monotonic()
+                other.send({"op": "ps"})
+                assert other.answer()["op"] == "ps"
+                assert time.monotonic() - asked < 1
+        assert raw.answer()["result"]["status"] == "timeout"
+        assert time.monotonic() - begun < 3
+    assert child.result() > 10
+    os.close(read)
+    os.close(write)
+
+
 def test_large_programs_of_one_uid_wait_outside(served: Served) -> None:
     code = b"import time; time.sleep(20) #" + "é".encode() * (8 * MIB - 64)
 
@@ -575,16 +661,24 @@ def test_a_program_with_the_longest_names_still_has_a_result(served: Served) -> 
 # Deadlines, on one connection without a daemon
 
 
-def drive(seconds: str, monkeypatch: pytest.MonkeyPatch, act: Callable[[socket.socket], None]) -> float:
-    """How long a connection lives whose deadline *seconds* is short, when the client only does *act*."""
+def drive(
+    seconds: str, monkeypatch: pytest.MonkeyPatch, act: Callable[[socket.socket], None], length: int = 30_000
+) -> list[str]:
+    """What a connection answers whose deadline *seconds* is short, when the client only does *act* and reads at its
+    end; an answer to ps is *length* long.
+    """
     monkeypatch.setattr(connection, seconds, 0.2)
 
     class Nothing:
         @staticmethod
         def list_runs(_: object) -> list[dict[str, str]]:
-            return [{"id": "x" * 30_000}]
+            return [{"id": "x" * length}]
 
-    async def main() -> float:
+        @staticmethod
+        def share(_: object) -> Share:
+            return Share(free=False)
+
+    async def main() -> list[str]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
             one = Connection(cast("Engine", Nothing()), theirs, {"uid": 1, "pid": 1}, cast("Any", None), False)
@@ -592,13 +686,19 @@ def drive(seconds: str, monkeypatch: pytest.MonkeyPatch, act: Callable[[socket.s
             begun = time.monotonic()
             await asyncio.wait_for(one.serve(), 5)
             assert theirs.fileno() == -1
-            return time.monotonic() - begun
+            assert 0.15 < time.monotonic() - begun < 2
+            ours.settimeout(2)
+            answers = []
+            while (answer := protocol.receive(ours)) is not None:
+                answers.append(answer.message["op"])
+                answer.close()
+            return answers
 
     return asyncio.run(main())
 
 
 def test_who_says_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0.15 < drive("HELLO_SECONDS", monkeypatch, lambda _: None) < 2
+    assert drive("HELLO_SECONDS", monkeypatch, lambda _: None) == []
 
 
 def test_who_takes_no_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,7 +709,44 @@ def test_who_takes_no_answer_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None
             while True:
                 protocol.send(sock, {"op": "ps"})
 
-    assert 0.15 < drive("SEND_SECONDS", monkeypatch, ask) < 2
+    assert drive("SEND_SECONDS", monkeypatch, ask)[:2] == ["hello", "ps"]
+
+
+def test_one_memfd_at_a_time_waits_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(sock: socket.socket) -> None:
+        protocol.send(sock, protocol.hello())
+        for _ in range(3):
+            protocol.send(sock, {"op": "ps"})
+
+    assert drive("SEND_SECONDS", monkeypatch, ask, 2 * protocol.INLINE_BYTES) == ["hello", "ps"]
+
+
+def test_a_run_waits_until_the_last_files_are_read(served: Served) -> None:
+    code = b"open('f', 'wb').write(bytes(1 << 20))"
+    with Raw(served) as raw:
+        raw.send(request(code_bytes=len(code)), code)
+        leftovers.eventually(lambda: select.select([raw.sock], [], [], 0)[0] != [], 10, "the answer is there")
+        served.idle()
+        raw.send(request(code_bytes=len(daemons.SLEEP)), daemons.SLEEP.encode())
+        time.sleep(0.3)
+        assert served.runs() == []
+        assert raw.answer()["op"] == "result"
+        leftovers.eventually(lambda: len(served.runs()) == 1, 5, "the second begins")
+
+
+def test_whose_descriptors_cannot_be_closed_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "closing", lambda _: protocol.CLOSING_MAX + 1)
+
+    async def main() -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with ours:
+            engine = types.SimpleNamespace(share=lambda _: Share(free=False))
+            one = Connection(cast("Engine", engine), theirs, {"uid": 1, "pid": 1}, cast("Any", None), False)
+            protocol.send(ours, protocol.hello())
+            await asyncio.wait_for(one.serve(), 5)
+            assert "cannot be closed" in Raw(ours, greet=False).refusal()[1]
+
+    asyncio.run(main())
 
 
 def test_the_clients_side_is_as_strict() -> None:

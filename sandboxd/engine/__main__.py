@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -55,6 +56,8 @@ class Embedded:
                 with contextlib.suppress(OSError):
                     protocol.send(self._control, {"op": "refused", "error": refusal.plain()})
                 return
+            gc.collect()
+            gc.freeze()  # what the imports made stays for good: no collection need look at it again
             protocol.send(self._control, {"op": "ready", "version": protocol.VERSION})
             self._control.setblocking(False)
             self._loop.add_reader(self._control.fileno(), self._take)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import re
+import sys
+import termios
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -64,13 +67,17 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
         self._lost = False
+        self._share = engine.share(None if sees_all else client.get("uid"))
+        self._bounds = protocol.ANYTHING if sees_all else protocol.REQUESTS
+        self._may_cancel = False
+        self._unread = False
         sock.setblocking(False)
 
     async def serve(self) -> None:
         """Until the client leaves or breaks the protocol. Closes the socket."""
         try:
             async with asyncio.timeout(HELLO_SECONDS):
-                hello = await self._receive()
+                hello = await self._receive(inline=True)
             if hello is None:
                 return
             hello.close()
@@ -88,18 +95,25 @@ class Connection:
         except (_Gone, OSError) as error:
             log.debug("client %s: left: %s", self._client, error)
         finally:
-            self._sock.close()
+            self.hang_up()
+
+    def hang_up(self) -> None:
+        """Close the socket, if ``serve`` did not come to it."""
+        protocol.hang_up(self._sock, self._client.get("uid"))
 
     async def _request(self, packet: Packet) -> None:
         operation = packet.message.get("op")
         try:
             if operation == "run":
+                self._may_cancel = True
                 await self._run(packet)
+            elif isinstance(packet.payload, int):
+                raise ProtocolError("Only a request for a run may come in a memfd.")
             elif operation == "ps":
                 visible = self._may_see
                 await self._send({"op": "ps", "runs": self._engine.list_runs(visible)})
-            elif operation == "cancel":
-                return  # it crossed with the result of the run that it meant
+            elif operation == "cancel" and self._may_cancel:
+                self._may_cancel = False  # it crossed with the answer to the run that it meant; a second one means none
             else:
                 raise ProtocolError(f"There is no request {shown(operation)}.")
         finally:
@@ -126,7 +140,8 @@ class Connection:
             # Who sees all is the operator; of anybody else only so much stays in the engine's memory at a time.
             who = None if self._sees_all else self._client.get("uid")
             with self._engine.hold(who, packet.text_bytes + _code_bytes(message["run"])):
-                request = parse_header(message["run"], packet.take_bytes())
+                with self._share.counted():
+                    request = parse_header(message["run"], packet.take_bytes())
                 packet.message = message = {}
                 await self._execute(name, request)
         except (PolicyError, InvalidRequest, Busy) as error:
@@ -135,6 +150,7 @@ class Connection:
     async def _execute(self, name: str | None, request: Run) -> None:
         """Run *request* and answer, with an eye on the client: when it speaks or leaves, the run ends."""
         self._lost = False
+        await self._taken()
         started: list[CellRun] = []
 
         async def emit(stream: int, data: bytes) -> None:
@@ -151,7 +167,7 @@ class Connection:
                 files.close()
 
         task = self._loop.create_task(execute())
-        watch = self._loop.create_task(self._receive())
+        watch = self._loop.create_task(self._receive(inline=True))
         try:
             await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
             gone = False
@@ -266,9 +282,12 @@ class Connection:
         """
         try:
             async with self._sending, asyncio.timeout(SEND_SECONDS):
+                if fd >= 0:
+                    await self._read()
                 while True:
                     try:
                         protocol.send_packed(self._sock, buffers, fd)
+                        self._unread = self._unread or fd >= 0
                         return
                     except BlockingIOError:
                         await writable(self._sock.fileno())
@@ -281,12 +300,37 @@ class Connection:
             if fd >= 0:
                 os.close(fd)
 
-    async def _receive(self) -> Packet | None:
+    async def _taken(self) -> None:
+        """Wait for the peer to read the memfd that it was sent last, whose pages are the engine's. Raises _Gone when it
+        does not within SEND_SECONDS.
+        """
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await self._read()
+        except TimeoutError:
+            log.info("client %s: does not read its answers; dropped", self._client)
+            raise _Gone("too slow") from None
+
+    async def _read(self) -> None:
+        """Until nothing that went with a memfd is unread: SIOCOUTQ counts what the peer has yet to take, unix(7)."""
+        pause = 0.0005
+        while self._unread:
+            queued = fcntl.ioctl(self._sock.fileno(), termios.TIOCOUTQ, bytes(4))
+            self._unread = int.from_bytes(queued, sys.byteorder) > 0
+            if self._unread:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, 0.05)
+
+    async def _receive(self, inline: bool = False) -> Packet | None:
+        """The next packet. Nothing suspends between taking it and returning it: a cancelled caller loses none."""
         while True:
-            try:
-                return protocol.receive(self._sock)
-            except BlockingIOError:
-                await readable(self._sock.fileno())
+            await self._share.turn()
+            owner = self._client.get("uid")
+            if not self._sees_all and protocol.closing(owner) > protocol.CLOSING_MAX:
+                raise ProtocolError("Descriptors that came with earlier packets cannot be closed.")
+            with self._share.counted(), contextlib.suppress(BlockingIOError):
+                return protocol.receive(self._sock, inline=inline, bounds=self._bounds, owner=owner)
+            await readable(self._sock.fileno())
 
 
 def _code_bytes(run: dict[str, Any]) -> int:

@@ -15,6 +15,7 @@ import os
 import resource
 import secrets
 import time
+import weakref
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,7 @@ from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
 from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
+from sandboxd.engine.share import Share
 from sandboxd.engine.slots import Slots
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 from sandboxd.interpreter import Interpreter
@@ -65,6 +67,7 @@ class Engine:
         self._running = 0
         self._queued = 0
         self._held: Counter[object] = Counter()
+        self._shares: weakref.WeakValueDictionary[object, Share] = weakref.WeakValueDictionary()
         # By the uid that asked, in the order in which the uids are served.
         self._waiting: dict[object, deque[asyncio.Future[None]]] = {}
         self._undo = contextlib.ExitStack()
@@ -245,6 +248,15 @@ class Engine:
             answer[2].close()
             raise
         return answer
+
+    def share(self, who: object) -> Share:
+        """*who*'s share of this thread, the same for all its connections; None is not bounded."""
+        if who is None:
+            return Share(free=True)
+        found = self._shares.get(who)
+        if found is None:
+            found = self._shares[who] = Share(free=False)
+        return found
 
     @contextlib.contextmanager
     def hold(self, who: object, size_bytes: int) -> Iterator[None]:
