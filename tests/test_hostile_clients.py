@@ -624,6 +624,37 @@ def test_who_sends_large_requests_in_a_row_stops_nobodys_clock(served: Served) -
     os.close(write)
 
 
+@pytest.mark.parametrize("free", [False, True])
+def test_a_uid_has_half_of_the_engines_time(free: bool) -> None:
+    async def main() -> tuple[float, int]:
+        share = Share(free)
+        until = time.monotonic() + 1
+        spent = 0.0
+        ticks = 0
+
+        async def connection() -> None:
+            nonlocal spent
+            while time.monotonic() < until:
+                await share.turn()
+                with share.counted():
+                    time.sleep(0.02)
+                    spent += 0.02
+
+        async def another() -> None:
+            nonlocal ticks
+            while time.monotonic() < until:
+                await asyncio.sleep(0.001)
+                ticks += 1
+
+        await asyncio.gather(connection(), connection(), connection(), another())
+        return spent, ticks
+
+    spent, ticks = asyncio.run(main())
+    assert ticks > 1
+    if not free:
+        assert spent < 0.65
+
+
 def test_large_programs_of_one_uid_wait_outside(served: Served) -> None:
     code = b"import time; time.sleep(20) #" + "é".encode() * (8 * MIB - 64)
 
@@ -687,11 +718,10 @@ def drive(
             await asyncio.wait_for(one.serve(), 5)
             assert theirs.fileno() == -1
             assert 0.15 < time.monotonic() - begun < 2
-            ours.settimeout(2)
+            raw = Raw(ours, greet=False)
             answers = []
-            while (answer := protocol.receive(ours)) is not None:
-                answers.append(answer.message["op"])
-                answer.close()
+            while answer := raw.answer():
+                answers.append(answer["op"])
             return answers
 
     return asyncio.run(main())
