@@ -4,6 +4,12 @@
 
 TREE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${SANDBOXD_VENV:-$TREE/.venv}
+case $TREE/ in
+/tmp/* | /var/tmp/* | /run/* | /var/run/* | /dev/*)
+    # A sandbox has such places for itself, so the environment of a tree there lies elsewhere.
+    VENV=${SANDBOXD_VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/sandboxd/venv-$(cksum <<<"$TREE" | cut -d " " -f 1)}
+    ;;
+esac
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -104,5 +110,7 @@ setup_environment() {
     say "Installing sandboxd[$extra] into $VENV"
     "$VENV/bin/python" -c 'import pip' 2>/dev/null || "$VENV/bin/python" -m ensurepip >&2
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable "${TREE}[$extra]"
+    # pip compiles what it installs, but not a tree that is used in place.
+    "$VENV/bin/python" -m compileall -q "$TREE/sandboxd"
     fingerprint >"$VENV/.sandboxd-$extra"
 }
