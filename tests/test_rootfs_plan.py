@@ -38,7 +38,7 @@ class Host:
         for name in ("bin", "sbin", "lib", "lib64"):
             self.directory(f"/usr/{name}")
             self.link(f"/{name}", f"usr/{name}")
-        self.file("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1000::/home/alice:/bin/sh\n")
+        self.file("/etc/passwd", "root:x:0:0:root:/root:/bin/sh\nalice:x:1000:1000::/home/user:/bin/sh\n")
         self.file("/etc/shadow", "root:$6$secret\n", 0o600)
         self.file("/etc/machine-id", "0123456789abcdef0123456789abcdef\n")
         self.file("/etc/hosts", "192.0.2.7 intranet.example\n")
@@ -203,13 +203,13 @@ def test_prefix_inside_usr_needs_no_mount_of_its_own(host: Host, prefix: str) ->
 
 
 def test_environment_and_its_base_are_bound_at_their_own_paths(host: Host) -> None:
-    host.python("/root/.pyenv/versions/3.11.7")
+    host.python("/root/pythons/3.11")
     host.path("/root").chmod(0o700)
-    host.venv("/home/alice/project/.venv", "/root/.pyenv/versions/3.11.7")
-    plan = host.plan(interpreter("/home/alice/project/.venv", "/root/.pyenv/versions/3.11.7"))
+    host.venv("/home/user/project/.venv", "/root/pythons/3.11")
+    plan = host.plan(interpreter("/home/user/project/.venv", "/root/pythons/3.11"))
     assert_well_formed(plan)
-    assert binds(plan) == ["home/alice/project/.venv", "root/.pyenv/versions/3.11.7", "usr"]
-    for parent in ("home", "home/alice", "home/alice/project", "root", "root/.pyenv"):
+    assert binds(plan) == ["home/user/project/.venv", "root/pythons/3.11", "usr"]
+    for parent in ("home", "home/user", "home/user/project", "root", "root/pythons"):
         assert node(plan, parent) == Op(Kind.DIR, parent, mode=0o755)
 
 
@@ -243,7 +243,7 @@ def test_standard_library_outside_of_the_prefixes_is_bound_too(host: Host) -> No
 @pytest.mark.parametrize(
     ("links", "spelled", "real"),
     [
-        ([("/home", "data/home")], "/home/alice/env", "/data/home/alice/env"),
+        ([("/home", "data/home")], "/home/user/env", "/data/home/user/env"),
         ([("/data/env", "../opt/env-1.2")], "/data/env", "/opt/env-1.2"),
         ([("/a/one", "/a/two"), ("/a/two", "three")], "/a/one/env", "/a/three/env"),
         ([("/a/up", "/b/c/../d")], "/a/up/env", "/b/d/env"),
@@ -269,8 +269,8 @@ def test_both_spellings_of_a_symlinked_prefix_work(
 def test_links_between_an_environment_and_its_python_are_kept(host: Host) -> None:
     host.python("/root/pythons/3.11.9")
     host.link("/root/pythons/3.11", "3.11.9")
-    host.venv("/home/alice/env", "/root/pythons/3.11")
-    plan = host.plan(interpreter("/home/alice/env", "/root/pythons/3.11.9"))
+    host.venv("/home/user/env", "/root/pythons/3.11")
+    plan = host.plan(interpreter("/home/user/env", "/root/pythons/3.11.9"))
     assert resolve(plan, "/root/pythons/3.11/bin/python3.11") == "/root/pythons/3.11.9/bin/python3.11"
 
 
@@ -282,7 +282,7 @@ def test_links_between_an_environment_and_its_python_are_kept(host: Host) -> Non
     [
         "/",
         "/home",
-        "/home/alice",
+        "/home/user",
         "/root",
         "/etc",
         "/var",
@@ -317,7 +317,7 @@ def test_dangerous_prefix_is_refused(host: Host, prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prefix", ["/env", "/app/.venv", "/opt/env", "/home/alice/.venv", "/var/lib/app/env", "/data/x"]
+    "prefix", ["/env", "/app/.venv", "/opt/env", "/home/user/.venv", "/var/lib/app/env", "/data/x"]
 )
 def test_directory_of_its_own_is_accepted(host: Host, prefix: str) -> None:
     host.python(prefix)
@@ -325,9 +325,9 @@ def test_directory_of_its_own_is_accepted(host: Host, prefix: str) -> None:
 
 
 def test_link_to_a_dangerous_prefix_is_refused(host: Host) -> None:
-    host.python("/home/alice")
-    host.link("/opt/env", "/home/alice")
-    with pytest.raises(Unavailable, match=r"/opt/env \(/home/alice\)"):
+    host.python("/home/user")
+    host.link("/opt/env", "/home/user")
+    with pytest.raises(Unavailable, match=r"/opt/env \(/home/user\)"):
         host.plan(interpreter("/opt/env"))
 
 
@@ -372,7 +372,7 @@ def test_set_up_refuses_what_a_sandbox_would_before_it_installs(tmp_path: Path, 
 
 def test_set_up_accepts_a_directory_of_its_own(tmp_path: Path) -> None:
     command = ["/bin/bash", "-c", 'source "$0"; check_place', str(SETUP)]
-    for path in ("/opt/env", "/tmpfiles/env", "/var/lib/env", "/home/alice/clone/.venv"):
+    for path in ("/opt/env", "/tmpfiles/env", "/var/lib/env", "/home/user/clone/.venv"):
         subprocess.run(command, env={"PATH": os.environ["PATH"], "SANDBOXD_VENV": path}, check=True)
 
 
@@ -556,7 +556,7 @@ def test_manual_pages_among_the_alternatives_are_left_out(host: Host) -> None:
         ("/usr/bin/vim.basic/", False),
         ("/usr/bin/vim.basic/x", False),
         ("/usr/bin/gone/../vim.basic", False),
-        ("/home/alice/bin/vim", False),
+        ("/home/user/bin/vim", False),
         ("/etc/hidden/bin/vim.basic", False),
         ("/etc/hidden", False),
         ("/etc", False),
@@ -568,10 +568,10 @@ def test_manual_pages_among_the_alternatives_are_left_out(host: Host) -> None:
 )
 def test_link_of_a_tree_is_kept_when_the_image_has_its_end(host: Host, text: str, kept: bool) -> None:
     host.file("/usr/bin/vim.basic", "")
-    host.file("/home/alice/bin/vim", "")
+    host.file("/home/user/bin/vim", "")
     host.link("/usr/bin/vim", "vim.basic")
     host.link("/usr/bin/round", "/etc/alternatives/vim")
-    host.link("/usr/bin/out", "/home/alice/bin/vim")
+    host.link("/usr/bin/out", "/home/user/bin/vim")
     host.link("/usr/bin/loop", "loop")
     host.link("/etc/hidden/bin", "/usr/bin")
     host.link("/etc/alternatives/vim", "/usr/bin/vim.basic")
@@ -584,8 +584,8 @@ def test_link_of_a_tree_is_kept_when_the_image_has_its_end(host: Host, text: str
 
 
 def test_tree_reached_through_a_symlink_is_left_out(host: Host) -> None:
-    host.file("/home/alice/certs/own.pem", "own")
-    host.link("/etc/ssl", "/home/alice")
+    host.file("/home/user/certs/own.pem", "own")
+    host.link("/etc/ssl", "/home/user")
     assert not [name for name in etc_of(host.plan(interpreter())) if name.startswith("ssl")]
 
 
@@ -614,8 +614,8 @@ def test_named_file_behind_a_link_into_usr_stays_a_link(host: Host) -> None:
 
 
 def test_named_file_behind_a_link_elsewhere_is_left_out(host: Host) -> None:
-    host.file("/home/alice/secret", "secret")
-    host.link("/etc/mime.types", "/home/alice/secret")
+    host.file("/home/user/secret", "secret")
+    host.link("/etc/mime.types", "/home/user/secret")
     assert not has(host.plan(interpreter()), "etc/mime.types")
 
 
@@ -693,7 +693,7 @@ def test_var_tmp_is_tmp(host: Host) -> None:
 
 
 def test_top_level_holds_nothing_else_of_the_host(host: Host) -> None:
-    for name in ("boot", "home/alice", "root", "srv", "mnt", "media", "opt/tool", "lost+found", "data"):
+    for name in ("boot", "home/user", "root", "srv", "mnt", "media", "opt/tool", "lost+found", "data"):
         host.file(f"/{name}/file", "secret")
     top = {op.target for op in host.plan(interpreter()) if "/" not in op.target}
     assert top == {"usr", "bin", "sbin", "lib", "lib64", "etc", "dev", "proc", "sys", "run", "var"} | {
