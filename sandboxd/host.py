@@ -55,8 +55,8 @@ _SWITCHES = (
     _Switch(
         "core_pattern",
         "proc/sys/kernel/core_pattern",
-        lambda text: not text.startswith("|"),
-        "a pipe starts a program as root on the host when a cell crashes, whatever RLIMIT_CORE says",
+        lambda text: not text.startswith(("|", "@")),
+        "a pipe or socket hands a crashed cell to a root process of the host, whatever RLIMIT_CORE says",
         "sysctl kernel.core_pattern=core",
     ),
     _Switch(
