@@ -46,7 +46,6 @@ enum sbx_nr {
     SBX_NR_dup2 = 33,
     SBX_NR_pause = 34,
     SBX_NR_pread64 = 17,
-    SBX_NR_getpid = 39,
     SBX_NR_sendmsg = 46,
     SBX_NR_recvmsg = 47,
     SBX_NR_execve = 59,
@@ -61,7 +60,6 @@ enum sbx_nr {
     SBX_NR_setresgid = 119,
     SBX_NR_setfsuid = 122,
     SBX_NR_setfsgid = 123,
-    SBX_NR_capget = 125,
     SBX_NR_personality = 135,
     SBX_NR_getpriority = 140,
     SBX_NR_setpriority = 141,
@@ -80,7 +78,6 @@ enum sbx_nr {
     SBX_NR_mkdirat = 258,
     SBX_NR_newfstatat = 262,
     SBX_NR_symlinkat = 266,
-    SBX_NR_fchmodat = 268,
     SBX_NR_unshare = 272,
     SBX_NR_signalfd4 = 289,
     SBX_NR_dup3 = 292,
@@ -114,7 +111,6 @@ enum sbx_errno {
     SBX_ENOENT = 2,
     SBX_EACCES = 13,
     SBX_EBUSY = 16,
-    SBX_EEXIST = 17,
     SBX_EINVAL = 22,
     SBX_EROFS = 30,
     SBX_EPIPE = 32,
@@ -134,14 +130,11 @@ enum sbx_errno {
 #define SBX_O_CREAT 0100
 #define SBX_O_EXCL 0200
 #define SBX_O_NONBLOCK 04000
-#define SBX_O_DIRECTORY 0200000
 #define SBX_O_NOFOLLOW 0400000
 #define SBX_O_CLOEXEC 02000000
 #define SBX_O_PATH 010000000
 
 /* clone3(2), setns(2), unshare(2) */
-#define SBX_CLONE_VM 0x00000100UL
-#define SBX_CLONE_VFORK 0x00004000UL
 #define SBX_CLONE_FILES 0x00000400UL
 #define SBX_CLONE_PIDFD 0x00001000UL
 #define SBX_CLONE_NEWNS 0x00020000UL
@@ -189,11 +182,9 @@ struct sbx_open_how { /* linux/openat2.h */
 };
 
 /* prctl(2) */
-#define SBX_PR_SET_PDEATHSIG 1
 #define SBX_PR_SET_DUMPABLE 4
 #define SBX_PR_SET_NAME 15
 #define SBX_PR_CAPBSET_DROP 24
-#define SBX_PR_SET_SECUREBITS 28
 #define SBX_PR_SET_NO_NEW_PRIVS 38
 #define SBX_PR_GET_NO_NEW_PRIVS 39
 #define SBX_PR_GET_TID_ADDRESS 40

@@ -180,61 +180,6 @@ def plan_host(
     return plan.operations()
 
 
-# Landlock: linux/landlock.h. A bit that the running kernel's ABI lacks must be masked out before it is used.
-class LandlockFs(enum.IntFlag):
-    """LANDLOCK_ACCESS_FS_*."""
-
-    EXECUTE = 1 << 0
-    WRITE_FILE = 1 << 1
-    READ_FILE = 1 << 2
-    READ_DIR = 1 << 3
-    REMOVE_DIR = 1 << 4
-    REMOVE_FILE = 1 << 5
-    MAKE_CHAR = 1 << 6
-    MAKE_DIR = 1 << 7
-    MAKE_REG = 1 << 8
-    MAKE_SOCK = 1 << 9
-    MAKE_FIFO = 1 << 10
-    MAKE_BLOCK = 1 << 11
-    MAKE_SYM = 1 << 12
-    REFER = 1 << 13  # ABI 2, Linux 5.19
-    TRUNCATE = 1 << 14  # ABI 3, Linux 6.2
-    IOCTL_DEV = 1 << 15  # ABI 5, Linux 6.10
-
-
-LANDLOCK_READ = LandlockFs.EXECUTE | LandlockFs.READ_FILE | LandlockFs.READ_DIR
-LANDLOCK_DEVICE = LandlockFs.READ_FILE | LandlockFs.WRITE_FILE | LandlockFs.TRUNCATE
-LANDLOCK_WRITE = (
-    LANDLOCK_READ
-    | LandlockFs.WRITE_FILE
-    | LandlockFs.REMOVE_DIR
-    | LandlockFs.REMOVE_FILE
-    | LandlockFs.MAKE_DIR
-    | LandlockFs.MAKE_REG
-    | LandlockFs.MAKE_SOCK
-    | LandlockFs.MAKE_FIFO
-    | LandlockFs.MAKE_SYM
-    | LandlockFs.REFER
-    | LandlockFs.TRUNCATE
-)
-"""Everything but device nodes and ioctls on devices."""
-
-
-def landlock_handled(abi: int) -> LandlockFs:
-    """Every file-system right that Landlock ABI *abi* knows: what the ruleset handles, and so denies by default."""
-    bits = 13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16
-    return LandlockFs((1 << bits) - 1)
-
-
-def landlock_rules() -> list[tuple[str, LandlockFs]]:
-    """Which guest path gets which rights for all below it. Rights add up along a path, across mounts too."""
-    return [
-        ("/", LANDLOCK_READ),
-        *((path, LANDLOCK_WRITE) for path in WRITABLE),
-        *((f"/dev/{name}", LANDLOCK_DEVICE) for name in DEVICES),
-    ]
-
-
 _COUNT = struct.Struct("<II")
 _HEADER = struct.Struct("<6I")
 _ZEROS = bytes(8)

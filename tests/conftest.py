@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from sandboxd import Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
+# What a host may lack and CI cannot install: kernel features, the other kinds of cgroup host, other interpreters.
+MAY_LACK: Final = re.compile(
+    r"this kernel answers|in this kernel|is filtered before Linux|no python3\.\d+ here|node is not installed"
+    r"|controllers are on v2 here|no v1 hierarchies|cgroup v2 mount|v2 mount beside|controller on v2"
+    r"|hard links are refused"
+)
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -20,3 +28,17 @@ def sandbox() -> Iterator[Sandbox]:
     """An embedded engine with the shipped `default` policy."""
     with Sandbox() as made:
         yield made
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI a skip for any other reason is a hole, and so a failure: no root, a missing library or program."""
+    report = yield
+    if report.skipped and os.environ.get("CI") and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not MAY_LACK.search(reason):
+            report.outcome = "failed"
+            report.longrepr = f"{item.nodeid} may not be skipped in CI: {reason}"
+    return report

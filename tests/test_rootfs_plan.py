@@ -19,7 +19,7 @@ from sandboxd.errors import PolicyError, Unavailable
 from sandboxd.hosttree import HostTree
 from sandboxd.ids import SlotIds
 from sandboxd.interpreter import Interpreter
-from sandboxd.rootfs import DEVICES, Kind, LandlockFs, Op, encode, iterate, landlock_handled, landlock_rules, plan_host
+from sandboxd.rootfs import DEVICES, Kind, Op, encode, iterate, plan_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -786,43 +786,6 @@ def test_kinds_and_flags_keep_their_numbers() -> None:
         ("PROC", 6),
     ]
     assert (rootfs.RDONLY, rootfs.NOSUID, rootfs.NODEV, rootfs.NOEXEC) == (1, 2, 4, 8)
-
-
-# Landlock
-
-
-def test_only_the_writable_places_and_devices_may_be_written() -> None:
-    writable = {path for path, access in landlock_rules() if access & LandlockFs.WRITE_FILE}
-    assert writable == {"/workspace", "/tmp", "/dev/shm"} | {f"/dev/{name}" for name in DEVICES}
-
-
-def test_rules_never_grant_device_nodes_or_ioctls() -> None:
-    never = LandlockFs.MAKE_CHAR | LandlockFs.MAKE_BLOCK | LandlockFs.IOCTL_DEV
-    assert not [path for path, access in landlock_rules() if access & never]
-
-
-def test_rules_of_devices_hold_rights_of_files_only() -> None:
-    # landlock_add_rule(2): EINVAL for a right of directories on a file.
-    rights = LandlockFs.EXECUTE | LandlockFs.WRITE_FILE | LandlockFs.READ_FILE
-    rights |= LandlockFs.TRUNCATE | LandlockFs.IOCTL_DEV
-    for path, access in landlock_rules():
-        if path.removeprefix("/dev/") in DEVICES:
-            assert not access & ~rights
-
-
-@pytest.mark.parametrize(
-    ("abi", "last"),
-    [
-        (1, LandlockFs.MAKE_SYM),
-        (2, LandlockFs.REFER),
-        (3, LandlockFs.TRUNCATE),
-        (4, LandlockFs.TRUNCATE),
-        (5, LandlockFs.IOCTL_DEV),
-        (7, LandlockFs.IOCTL_DEV),
-    ],
-)
-def test_handled_rights_grow_with_the_abi(abi: int, last: LandlockFs) -> None:
-    assert landlock_handled(abi) == LandlockFs(2 * last - 1)
 
 
 # The tree reader
