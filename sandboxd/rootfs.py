@@ -101,7 +101,6 @@ PROC_OPTIONS = "subset=pid,hidepid=invisible"
 """proc(5). Both words since Linux 5.8; before, hidepid took numbers only."""
 
 DEVICES = ("null", "zero", "full", "random", "urandom")
-WRITABLE = ("/workspace", "/tmp", "/dev/shm")  # noqa: S108 - guest paths; each cell mounts its own tmpfs there
 CODE_DIRECTORY = "/code"
 """Where a cell finds its program's source, read-only."""
 INSIDE_DIRECTORY = "/sandboxd"
