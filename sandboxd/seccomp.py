@@ -1,9 +1,10 @@
 """seccomp: from a profile's name to the rules in force, and to the BPF program that the kernel enforces.
 
 ``effective`` reads a profile, ours (TOML) or an OCI one (JSON), and applies a policy's ``allow`` and ``deny``;
-``compile`` and ``cached_compile`` make the program. Both run in the engine, as the engine, before any tenant's code
-exists; a cell gets the finished bytes. The filter is one wall of several: it narrows what of the kernel can be reached,
-and the kernel's documentation says itself that filtering is no sandbox.
+``compile`` makes the program, ``compile_layers`` the two that a zygote and its cells install instead, and the
+``cached_`` forms keep them. All run in the engine, as the engine, before any tenant's code exists; a zygote gets the
+finished bytes. The filter is one wall of several: it narrows what of the kernel can be reached, and the kernel's
+documentation says itself that filtering is no sandbox.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Final
 from sandboxd import seccomp_oci, seccomp_profile
 from sandboxd.errors import PolicyError
 from sandboxd.seccomp_bpf import check, compile, run
-from sandboxd.seccomp_cache import cached_compile
+from sandboxd.seccomp_cache import cached_compile, cached_layers
+from sandboxd.seccomp_layers import Layers, compile_layers
 from sandboxd.seccomp_rules import ALLOW, KILL, LOG, Action, Answer, Arguments, Profile, Rule, Test, refuse
 from sandboxd.syscalls import NAMES, NEWEST, NUMBERS
 
@@ -31,12 +33,15 @@ __all__ = [
     "Action",
     "Answer",
     "Arguments",
+    "Layers",
     "Profile",
     "Rule",
     "Test",
     "cached_compile",
+    "cached_layers",
     "check",
     "compile",
+    "compile_layers",
     "effective",
     "lint",
     "profiles",

@@ -7,6 +7,8 @@ placeholder's RET is replaced, one instruction for one, by a jump to a section o
 default is such a placeholder too, which keeps the many numbers that are refused alike out of the tree: a program is
 verified and translated each time it is installed, so its length is time.
 
+The second of two layers (sandboxd/seccomp_layers.py) is made without libseccomp: it has no frame but a small tree.
+
 The finished program is evaluated here before it is believed: every known number, with the arguments of each row, must
 get what ``Profile.decide`` says.
 """
@@ -27,7 +29,18 @@ from sandboxd.syscalls import NEWEST, X32_BIT
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["AUDIT_ARCH_I386", "AUDIT_ARCH_X86_64", "IMPLEMENTATION", "INSTRUCTIONS_MAX", "check", "compile", "run"]
+__all__ = [
+    "AUDIT_ARCH_I386",
+    "AUDIT_ARCH_X86_64",
+    "IMPLEMENTATION",
+    "INSTRUCTIONS_MAX",
+    "check",
+    "compile",
+    "compile_upper",
+    "marked",
+    "prove",
+    "run",
+]
 
 IMPLEMENTATION: Final = 1
 """Raised whenever the same rules come to another program; part of the cache's key."""
@@ -68,6 +81,8 @@ _INSTRUCTION: Final = struct.Struct("=HBBI")
 
 _OPTIMIZE_BINARY_TREE: Final = 2
 _RUNS_MAX: Final = 8
+_LEAF: Final = 4  # numbers that are asked one after the other at the end of the small tree; libseccomp takes as many
+_BRANCH_MAX: Final = 255  # a conditional jump has eight bits
 
 _Rows = tuple[tuple[Action, tuple[Test, ...]], ...]
 
@@ -89,27 +104,48 @@ def compile(profile: Profile, *, marker_errno: int | None = None) -> bytes:
     when libseccomp is missing or makes something else than what was asked, ValueError for a marker that no call can
     answer.
     """
-    shown = profile if marker_errno is None else _marked(profile, marker_errno)
+    shown = profile if marker_errno is None else marked(profile, marker_errno)
     sections: dict[_Rows, int] = {}
     frame = _frame(shown, sections)
-    program = _link(frame, [_rest(shown), *map(_section, sections)])
+    content = _packed(_link(frame, [_rest(shown), *map(_section, sections)]), profile)
+    check(content)
+    prove([content], shown)
+    return content
+
+
+def compile_upper(profile: Profile) -> bytes:
+    """The program of *profile* for a process that is under a filter of ``compile`` already; as short as it can be.
+
+    It asks neither for the architecture nor for x32 numbers: of two filters the more restrictive answer counts, and
+    the one below kills those calls. Raises ValueError unless *profile* allows what it does not name, PolicyError and
+    Unavailable as ``compile`` does.
+    """
+    if profile.default_action != ALLOW:
+        raise ValueError(f"{profile.name} refuses what it does not name: no filter to lay upon another")
+    sections: dict[_Rows, int] = {}
+    frame = _small_frame(profile, sections)
+    # No number gets to the first of the sections, which stands for the default in a frame of libseccomp's.
+    content = _packed(_link(frame, [[], *map(_section, sections)]), profile)
+    check(content, guarded=False)
+    prove([content], profile)
+    return content
+
+
+def _packed(program: Sequence[_Instruction], profile: Profile) -> bytes:
     if len(program) > INSTRUCTIONS_MAX:
         raise PolicyError(
             f"seccomp.profile: {profile.name} is {len(program)} instructions; the kernel takes {INSTRUCTIONS_MAX}.",
             key="seccomp.profile",
         )
-    content = b"".join(_INSTRUCTION.pack(one.code, one.if_true, one.if_false, one.k) for one in program)
-    check(content)
-    _prove(program, shown)
-    return content
+    return b"".join(_INSTRUCTION.pack(one.code, one.if_true, one.if_false, one.k) for one in program)
 
 
-def check(program: bytes) -> None:
+def check(program: bytes, *, guarded: bool = True) -> None:
     """Raise ValueError unless *program* is of the form that ``compile`` makes.
 
     Whole instructions, at most 4,096; only known ones; loads within seccomp_data; jumps forward and inside; a return at
-    every end; and calls of another architecture or with an x32 number are killed. The meaning of the rest is not
-    looked at.
+    every end; and, when *guarded*, calls of another architecture or with an x32 number are killed. The meaning of the
+    rest is not looked at.
     """
     instructions = _parse(program)
     for index, one in enumerate(instructions):
@@ -127,13 +163,18 @@ def check(program: bytes) -> None:
             raise ValueError(f"instruction {index} is none that a filter of ours has")
     if instructions[-1].code != _RETURN:
         raise ValueError("the last instruction does not return")
-    guarded = (
+    if guarded:
+        _check_guards(instructions)
+
+
+def _check_guards(instructions: Sequence[_Instruction]) -> None:
+    foreign = (
         *((AUDIT_ARCH_I386, number) for number in (0, 1, 11, 120, NEWEST)),
         *((AUDIT_ARCH_X86_64, X32_BIT | number) for number in (0, 1, 59, 512, NEWEST)),
         (AUDIT_ARCH_X86_64, 0x8000_0000),
         (AUDIT_ARCH_X86_64, NO_CALL - 1),
     )
-    for architecture, number in guarded:
+    for architecture, number in foreign:
         if _evaluate(instructions, architecture, number, (0,) * 6) != _KILL_PROCESS:
             raise ValueError(f"number {number:#x} of architecture {architecture:#x} is not killed")
 
@@ -183,7 +224,9 @@ def _returned(action: Action) -> int:
             return _KILL_PROCESS
 
 
-def _marked(profile: Profile, errno: int) -> Profile:
+def marked(profile: Profile, errno: int) -> Profile:
+    """*profile* with *errno* in place of that of each refusal. Raises ValueError for one that no call can answer."""
+
     def mark(action: Action) -> Action:
         return refuse(errno) if action.kind == "errno" else action
 
@@ -289,6 +332,44 @@ def _link(frame: list[_Instruction], sections: list[list[_Instruction]]) -> list
         for index, one in enumerate(frame)
     ]
     return [*linked, *(one for section in sections for one in section)]
+
+
+def _small_frame(profile: Profile, sections: dict[_Rows, int]) -> list[_Instruction]:
+    """What ``_frame`` does, for few numbers and without guards: a tree over them, then each answer once.
+
+    Raises ValueError for more numbers than the tree's jumps can span.
+    """
+    returned: dict[int, int] = {}
+    for number in profile.numbers:
+        rows = profile.rows(number)
+        key = tuple((row.action, row.tests) for row in rows)
+        many = len(rows) > 1
+        returned[number] = _TRACE | sections.setdefault(key, len(sections) + 1) if many else _returned(rows[0].action)
+    if not returned:
+        return [_Instruction(_RETURN, _ALLOW)]
+    tree = [_Instruction(_LOAD, 0), *_branches(list(returned))]
+    answers = list(dict.fromkeys((_ALLOW, *returned.values())))
+    if len(tree) + len(answers) > _BRANCH_MAX:
+        raise ValueError(f"{profile.name} names {len(returned)} calls: too many for a small tree")
+    for index, one in enumerate(tree):
+        if one.code == _JEQ:
+            # The first answer is for whatever no JEQ of its leaf takes, and stands right behind the tree.
+            rest = len(tree) - index - 1
+            found = rest + answers.index(returned[one.k])
+            tree[index] = _Instruction(_JEQ, one.k, found, rest if one.if_false else 0)
+    return [*tree, *(_Instruction(_RETURN, answer) for answer in answers)]
+
+
+def _branches(numbers: list[int]) -> list[_Instruction]:
+    """Code that halves *numbers*, ascending, and asks the last few in turn.
+
+    Where a JEQ leads is left open; ``if_false`` is 1 for the last one of its leaf.
+    """
+    if len(numbers) <= _LEAF:
+        return [_Instruction(_JEQ, number, 0, int(number == numbers[-1])) for number in numbers]
+    middle = len(numbers) // 2
+    lower, upper = _branches(numbers[:middle]), _branches(numbers[middle:])
+    return [_Instruction(_JGE, numbers[middle], len(lower), 0), *lower, *upper]
 
 
 def _section(rows: _Rows) -> list[_Instruction]:
@@ -398,21 +479,31 @@ def _fetch(offset: int, mask: int) -> Iterator[_Instruction]:
         yield _Instruction(_AND, mask)
 
 
-def _prove(program: Sequence[_Instruction], profile: Profile) -> None:
-    """Compare *program* with *profile*: each number up to past the newest, each row, with and without high bits."""
+def prove(programs: Sequence[bytes], profile: Profile, also: Sequence[Profile] = ()) -> None:
+    """Raise Unavailable unless *programs*, installed in this order, do together what *profile* says.
+
+    Compared for each number up to past the newest, with arguments for each row of *profile* and of *also*, with and
+    without high bits.
+    """
+    layers = [_parse(program) for program in reversed(programs)]  # as the kernel asks them: the newest first
+    looked_at = (profile, *also)
     for number in (*range(max((NEWEST, *profile.numbers)) + 64), NO_CALL):
-        for answer in profile.verdict(number):
-            if answer.arguments is None:
-                continue
-            for arguments in _variants(answer.arguments):
-                wanted = _returned(profile.decide(number, arguments))
-                if _evaluate(program, AUDIT_ARCH_X86_64, number, arguments) != wanted:
-                    raise Unavailable(
-                        "seccomp",
-                        None,
-                        "report this with the version of libseccomp",
-                        f"the filter that was built does not do for call {number} what {profile.name} says",
-                    )
+        examples = {answer.arguments for one in looked_at for answer in one.verdict(number) if answer.arguments}
+        for arguments in itertools.chain.from_iterable(map(_variants, examples)):
+            answers = [_evaluate(layer, AUDIT_ARCH_X86_64, number, arguments) for layer in layers]
+            if min(answers, key=_rank) != _returned(profile.decide(number, arguments)):
+                raise Unavailable(
+                    "seccomp",
+                    None,
+                    "report this with the version of libseccomp",
+                    f"the filter that was built does not do for call {number} what {profile.name} says",
+                )
+
+
+def _rank(returned: int) -> int:
+    """The order of answers in which the kernel takes the least, and the first of equals (seccomp_run_filters)."""
+    action = returned & _ACTION
+    return action - (1 << 32) if action >> 31 else action
 
 
 def _variants(arguments: Arguments) -> Iterator[tuple[int, ...]]:

@@ -11,19 +11,24 @@ import contextlib
 import hashlib
 import os
 import stat
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sandboxd.seccomp_bpf import IMPLEMENTATION, INSTRUCTIONS_MAX, check, compile
+from sandboxd.seccomp_layers import Layers, compile_layers, split
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sandboxd.seccomp_rules import Profile
 
-__all__ = ["cache_directory", "cached_compile"]
+__all__ = ["cache_directory", "cached_compile", "cached_layers"]
 
 _MAGIC: Final = b"sandboxd seccomp filter\n"
 _HEAD_BYTES: Final = len(_MAGIC) + hashlib.sha256().digest_size
-_FILE_BYTES: Final = _HEAD_BYTES + 8 * INSTRUCTIONS_MAX
+_LENGTH: Final = struct.Struct("<I")
+_FILE_BYTES: Final = _HEAD_BYTES + _LENGTH.size + 2 * 8 * INSTRUCTIONS_MAX
 
 _LIBRARY: Final = "libseccomp.so.2"
 _LIBRARY_DIRECTORIES: Final = ("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
@@ -43,21 +48,50 @@ def cached_compile(profile: Profile, directory: Path | None = None) -> bytes:
     The directory is made with mode 0700 when it is missing. A cache that cannot be used, read or written is no error:
     the program is then compiled. Raises what ``compile`` raises.
     """
+    return _cached(profile.sha256, check, lambda: compile(profile), directory)
+
+
+def cached_layers(profile: Profile, directory: Path | None = None) -> Layers:
+    """``compile_layers(profile)``, kept and looked at as ``cached_compile`` does it: both programs in one file."""
+    lower, upper = split(profile)  # their hashes hold what stands in SPAWN, too
+
+    def made() -> bytes:
+        layers = compile_layers(profile)
+        return _LENGTH.pack(len(layers.inherited)) + layers.inherited + layers.own
+
+    return _layers(_cached(f"{lower.sha256} {upper.sha256}", _layers, made, directory))
+
+
+def _layers(content: bytes) -> Layers:
+    """The two programs of a file's content. Raises ValueError unless both are of their form."""
+    if len(content) < _LENGTH.size:
+        raise ValueError("the length of the first program is missing")
+    (length,) = _LENGTH.unpack_from(content)
+    layers = Layers(content[_LENGTH.size :][:length], content[_LENGTH.size + length :])
+    check(layers.inherited)
+    check(layers.own, guarded=False)
+    return layers
+
+
+def _cached(rules: str, verify: Callable[[bytes], object], make: Callable[[], bytes], directory: Path | None) -> bytes:
+    """What *make* makes of *rules*, from the cache when *verify* finds no fault with what lies there."""
     library = _library_identity()
     if library is None:
-        return compile(profile)
-    name = hashlib.sha256(f"{IMPLEMENTATION}\n{library}\n{profile.sha256}".encode()).hexdigest() + ".bpf"
+        return make()
+    name = hashlib.sha256(f"{IMPLEMENTATION}\n{library}\n{rules}".encode()).hexdigest() + ".bpf"
     try:
         where = _open_directory(directory or cache_directory())
     except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
-        return compile(profile)
+        return make()
     try:
         with contextlib.suppress(OSError, ValueError):
-            return _load(where, name)
-        program = compile(profile)
+            content = _load(where, name)
+            verify(content)
+            return content
+        content = make()
         with contextlib.suppress(OSError):
-            _store(where, name, program)
-        return program
+            _store(where, name, content)
+        return content
     finally:
         os.close(where)
 
@@ -86,7 +120,7 @@ def _open_directory(path: Path) -> int:
 
 
 def _load(where: int, name: str) -> bytes:
-    """The program in file *name* of the directory *where*. Raises OSError, ValueError unless it is beyond doubt."""
+    """The content of file *name* of the directory *where*. Raises OSError, ValueError unless it is as it was stored."""
     # O_NONBLOCK: a FIFO of that name must not hold the engine up.
     with open(os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=where), "rb") as file:
         status = os.fstat(file.fileno())
@@ -99,15 +133,14 @@ def _load(where: int, name: str) -> bytes:
         ):
             raise ValueError("the cached file is not as it was written")
         content = file.read(_FILE_BYTES + 1)
-    program = content[_HEAD_BYTES:]
-    if content[:_HEAD_BYTES] != _MAGIC + hashlib.sha256(program).digest():
+    stored = content[_HEAD_BYTES:]
+    if content[:_HEAD_BYTES] != _MAGIC + hashlib.sha256(stored).digest():
         raise ValueError("the cached file's content is not as it was written")
-    check(program)
-    return program
+    return stored
 
 
-def _store(where: int, name: str, program: bytes) -> None:
-    """Put *program* into the directory *where* as *name*, whole or not at all. Raises OSError."""
+def _store(where: int, name: str, content: bytes) -> None:
+    """Put *content* into the directory *where* as *name*, whole or not at all. Raises OSError."""
     draft = f".{name}.{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.ExitStack() as undo:
@@ -115,6 +148,6 @@ def _store(where: int, name: str, program: bytes) -> None:
         undo.callback(os.unlink, draft, dir_fd=where)
         with file:
             os.fchmod(file.fileno(), 0o600)  # whatever the umask is
-            file.write(_MAGIC + hashlib.sha256(program).digest() + program)
+            file.write(_MAGIC + hashlib.sha256(content).digest() + content)
         os.rename(draft, name, src_dir_fd=where, dst_dir_fd=where)
         undo.pop_all()
