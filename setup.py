@@ -1,7 +1,7 @@
 """What pyproject.toml cannot say: the native parts, and policies/ as data of the package.
 
 Environment: CC names the compiler (gcc or clang); SANDBOXD_WERROR=1 makes warnings in our own C errors;
-SANDBOXD_SANITIZE=1 builds the two extensions with AddressSanitizer and UndefinedBehaviorSanitizer (gcc, not for use).
+SANDBOXD_SANITIZE=1 builds the extensions with AddressSanitizer and UndefinedBehaviorSanitizer (gcc, not for use).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class BuildNative(build_ext):
         if isinstance(ext, Program):
             return os.path.join(*fullname.split("."))
         if ext is not None and ext.py_limited_api:
-            # The engine names _cell.abi3.so by path, for interpreters other than the one that builds.
+            # The engine names these by path, for interpreters other than the one that builds.
             return os.path.join(*fullname.split(".")) + ".abi3.so"
         filename: str = super().get_ext_filename(fullname)  # type: ignore[no-untyped-call]  # the stub has no types
         return filename
@@ -90,14 +90,18 @@ class BuildNative(build_ext):
         output.chmod(0o755)
 
 
-cell = Extension(
-    "sandboxd.inside._cell",
-    sources=sources.paths(sources.CELL),
-    include_dirs=[str(sources.NATIVE)],
-    depends=sources.headers(),
-    define_macros=[("_GNU_SOURCE", "1"), *([("Py_LIMITED_API", sources.LIMITED_API)] if LIMITED else [])],
-    py_limited_api=LIMITED,
-)
+def inside(name: str, files: tuple[str, ...]) -> Extension:
+    """A module of sandboxd.inside, for the interpreter of any image."""
+    return Extension(
+        f"sandboxd.inside.{name}",
+        sources=sources.paths(files),
+        include_dirs=[str(sources.NATIVE)],
+        depends=sources.headers(),
+        define_macros=[("_GNU_SOURCE", "1"), *([("Py_LIMITED_API", sources.LIMITED_API)] if LIMITED else [])],
+        py_limited_api=LIMITED,
+    )
+
+
 nursery = Program(
     "sandboxd.inside.nursery",
     sources=sources.paths(sources.NURSERY),
@@ -114,7 +118,7 @@ setup(
         "sandboxd.policies": ["*.toml"],
         "sandboxd.policies.seccomp": ["*.toml"],
     },
-    ext_modules=[cell, nursery],
+    ext_modules=[inside("_cell", sources.CELL), inside("_image", sources.IMAGE), nursery],
     cffi_modules=["native/build.py:ffi"],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if LIMITED else {},

@@ -9,11 +9,12 @@ NATIVE = Path("native")  # relative to the top of the tree, where every build ru
 # Used by the engine, by the zygote and by the nursery: raw system calls only, no libc, no Python.
 SHARED = ("fd.c", "mount.c", "ids.c", "landlock.c", "seccomp.c")
 
-ENGINE = (*SHARED, "spawn.c")  # sandboxd._native, with cffi's glue
+ENGINE = (*SHARED, "spawn.c", "numbers.c", "direct.c")  # sandboxd._native, with cffi's glue
 CELL = (*SHARED, "cell.c")  # sandboxd.inside._cell
+IMAGE = ("fd.c", "image.c")  # sandboxd.inside._image
 NURSERY = (*SHARED, "nursery.c")  # sandboxd/inside/nursery
 
-LIMITED_API = "0x030b0000"  # CPython 3.11: the oldest that may load the two extensions
+LIMITED_API = "0x030b0000"  # CPython 3.11: the oldest that may load the extensions
 
 # cffi writes C that these would complain about, so its glue is compiled without.
 WARNINGS = (

@@ -21,7 +21,7 @@ pytest.importorskip("pip", reason="wheels are built by pip")
 TREE = Path(__file__).resolve().parents[1]
 LEFTOVERS = {".git", ".hypothesis", "__pycache__", "build", "dist", "nursery", "out"}
 
-EXTENSIONS = ("sandboxd/_native.abi3.so", "sandboxd/inside/_cell.abi3.so")
+EXTENSIONS = ("sandboxd/_native.abi3.so", "sandboxd/inside/_cell.abi3.so", "sandboxd/inside/_image.abi3.so")
 NURSERY = "sandboxd/inside/nursery"
 BUILT = {*EXTENSIONS, NURSERY}
 
@@ -220,6 +220,9 @@ def test_editable_install_builds_native_parts_in_place(tree: Path, tmp_path: Pat
     python = make_environment(tmp_path / "venv")
     install(python, "--editable", copy)
 
-    program = "import sandboxd._native as n, sandboxd.inside._cell as c; print(n.__file__, c.__file__)"
+    program = (
+        "import sandboxd._native as n, sandboxd.inside._cell as c, sandboxd.inside._image as i;"
+        "print(n.__file__, c.__file__, i.__file__)"
+    )
     assert run(python, "-c", program, cwd=tmp_path).split() == [str(copy / name) for name in EXTENSIONS]
     assert os.access(copy / NURSERY, os.X_OK)

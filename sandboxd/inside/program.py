@@ -2,16 +2,24 @@
 
 Runs in the cell, every wall up, as the cell's own uid. Descriptors: 0 to 2 the program's streams, 3 the channel to the
 engine. What is said here is the program's word only: limits, times and kills are the engine's to know.
+
+A cell is forked ahead of its request. First it becomes a process of its own (`settle`), then, unless the request is
+there already, it has made the memory its own that a run touches (`park`), and says so with the packet ``P``. What the
+zygote prepares for all its cells is a `Setting`.
 """
 
 from __future__ import annotations
+import __future__
 
+import _thread
 import ast
 import atexit
 import builtins
+import functools
 import gc
 import io
 import json
+import linecache
 import os
 import stat
 import sys
@@ -20,22 +28,28 @@ import time
 import traceback
 import types
 
+import _image  # type: ignore[import-not-found]  # beside this file, for the interpreter of the image
+
 TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 CHANNEL = 3
 PACKET = 1 << 18
+PARKED = b"P"
+CO_NESTED = 0x10  # which a feature of 2.1 still names
 HEAD_BYTES = 8  # of the first packet: how long the request is, over all its packets
 NAME_CHARACTERS = 256
 INT_END = 1 << 31
 # The syntax tree as objects takes up to 250 bytes a character: of a longer source no last expression's value is kept.
 TREE_CHARACTERS = 256 << 10
+FUTURES = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names} - {CO_NESTED})
 USER_DIRECTORIES = ("/code/", "/workspace/", "/tmp/", "/dev/shm/")  # noqa: S108 - the cell's own
 MESSAGE_CHARACTERS = 4096
 TRACEBACK_CHARACTERS = 16384
 RESULT_CHARACTERS = 32768
+ENCODER = json.JSONEncoder(ensure_ascii=False)
 FRAME_BYTES = 180_000  # below the smallest usual socket buffer (net.core.wmem_default, 212992)
 
 
@@ -45,24 +59,6 @@ def clip(text: str, characters: int) -> str:
         return text
     half = characters // 2
     return f"{text[:half]}\n... {len(text) - 2 * half} characters left out ...\n{text[-half:]}"
-
-
-def reseed() -> None:
-    """What the zygote drew from is shared by its cells: everything random starts anew from the kernel.
-
-    The `random` module does so by its own at-fork hook. tempfile compares pids, OpenSSL too; numpy does nothing.
-    """
-    modules = sys.modules
-    if "numpy.random" in modules:
-        modules["numpy.random"].seed()
-    if "random" in modules:
-        modules["random"].seed()
-    if "tempfile" in modules:
-        modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
-    if "uuid" in modules:
-        modules["uuid"]._last_timestamp = None  # type: ignore[attr-defined]
-    if "_ssl" in modules:
-        modules["_ssl"].RAND_add(os.urandom(32), 32.0)
 
 
 def is_users(filename: str) -> bool:
@@ -138,56 +134,83 @@ class Program:
     def __init__(self, request: dict[str, Any]) -> None:
         self.path = f"/code/{request['filename']}"
         self.wants_results = request["results"]
-        self.pid = os.getpid()
-        self.channel = os.fstat(CHANNEL)
+        self.source: str | None = request.get("code")
         self.exit_code = 0
         self.error: dict[str, Any] | None = None
         self.results: list[dict[str, str]] = []
         self.last_loaded = next(reversed(sys.modules))
+        self.collections = collections()
         module = self.module = types.ModuleType("__main__")
         module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None, __annotations__={})
         sys.modules["__main__"] = module
         self.names = module.__dict__
-        # Its own at-fork hook forgets that before 3.13.
-        threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
         sys.argv = [self.path, *request["args"]]
         sys.orig_argv[1:] = sys.argv
-        os.environ.update(request["env"])
-        if "TZ" in request["env"]:
-            time.tzset()
-        sys.path_importer_cache.pop("/workspace", None)
+        environment = request["env"]
+        if environment:
+            os.environ.update(environment)
+            if "TZ" in environment:
+                time.tzset()
 
     def execute(self) -> None:
         """Compile and run; the value of a last expression is kept when the caller wants results."""
-        with io.open_code(self.path) as file:
-            # The engine wrote text as UTF-8: a coding cookie, which may say otherwise, counts only for bytes.
-            source = file.read().decode().removeprefix("\ufeff")
-        body, last = self.split(source) if self.wants_results and len(source) <= TREE_CHARACTERS else (None, None)
-        if body is None:
-            body = compile(source, self.path, "exec", dont_inherit=True)
+        source, self.source = self.source, None
+        if source is None:
+            with io.open_code(self.path) as file:
+                # The engine wrote text as UTF-8: a coding cookie, which may say otherwise, counts only for bytes.
+                source = file.read().decode()
+        body, last = self.compiled(source.removeprefix("\ufeff"))
         del source
-        exec(body, self.names)  # noqa: S102 - what a cell is for
+        if body is not None:
+            exec(body, self.names)  # noqa: S102 - what a cell is for
         if last is None:
             return
         value = eval(last, self.names)  # noqa: S307 - as above
         if value is not None:
             self.results.append({"text/plain": clip(repr(value), RESULT_CHARACTERS)})
 
-    def split(self, source: str) -> tuple[types.CodeType | None, types.CodeType | None]:
+    def compiled(self, source: str) -> tuple[types.CodeType | None, types.CodeType | None]:
+        """What is to be executed, and then the expression whose value is wanted; either may be missing."""
+        if self.wants_results and len(source) <= TREE_CHARACTERS:
+            found = self.cut(source) or self.split(source)
+            if found is not None:
+                return found
+        return compile(source, self.path, "exec", dont_inherit=True), None
+
+    def cut(self, source: str) -> tuple[types.CodeType | None, types.CodeType] | None:
+        """The lines before the last, and that as an expression, when each stands for itself; else nothing, and a tree
+        has to tell, which takes ten times as long.
+        """
+        text = source.rstrip(" \t\n\f")
+        start = text.rfind("\n") + 1
+        line = text[start:]
+        # What could warn of a mistake (an escape sequence) before it turns out to be no expression is left to the tree.
+        if line[:1].isspace() or "\\" in line or ";" in line or "\r" in text:
+            return None
+        try:
+            last = compile("\n" * text.count("\n", 0, start) + line, self.path, "eval", dont_inherit=True)
+            if start == 0:
+                return None, last
+            body = compile(text[:start], self.path, "exec", dont_inherit=True)
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+            return None  # if it is an error there too, it is said there
+        return None if body.co_flags & FUTURES else (body, last)
+
+    def split(self, source: str) -> tuple[types.CodeType, types.CodeType] | None:
         """The program without its last expression, and that; nothing when there is none, or when only the compiler
         itself, which goes deeper than a tree of objects may, can tell what is wrong with it.
         """
         try:
             tree: Any = compile(source, self.path, "exec", flags=ast.PyCF_ONLY_AST, dont_inherit=True)
             if not tree.body or not isinstance(tree.body[-1], ast.Expr):
-                return None, None
+                return None
             last = ast.Expression(tree.body.pop().value)
             return (
                 compile(tree, self.path, "exec", dont_inherit=True),
                 compile(last, self.path, "eval", dont_inherit=True),
             )
         except (RecursionError, MemoryError):
-            return None, None
+            return None
 
     def ended_by(self, error: BaseException) -> None:
         """As the interpreter treats what leaves a program: SystemExit is an exit, all else a traceback and status 1."""
@@ -203,7 +226,7 @@ class Program:
             return
         self.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
         error.__traceback__ = without_ours(error.__traceback__)
-        if os.getpid() == self.pid:
+        if os.getpid() == CELL.pid:
             self.error = described(error, self.path)
         try:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -221,11 +244,19 @@ class Program:
         except BaseException as error:
             self.guard(self.ended_by, error)
         # The order of Py_FinalizeEx: threads, atexit, streams, then what the modules held, which may print again.
-        self.guard(threading._shutdown)  # type: ignore[attr-defined]
+        self.join_threads()
         self.guard(atexit._run_exitfuncs)
+        self.join_threads()
         self.flush()
         self.guard(self.let_go)
         self.flush()
+
+    def join_threads(self) -> None:
+        """Wait for threads that are no daemons. Where none was started there is nothing to wait for, and the look of
+        every pool at its queues, which a library may have brought along, is saved.
+        """
+        if _thread._count() or thread_exits() != CELL.thread_exits:
+            self.guard(threading._shutdown)  # type: ignore[attr-defined]
 
     def flush(self) -> None:
         """Write out the streams, also those that the program put others in the place of."""
@@ -266,7 +297,8 @@ class Program:
                 # Private names first, as _PyModule_ClearDict does.
                 for name in sorted(known, key=lambda name: name[:1] != "_" or name[:2] == "__"):
                     names[name] = None
-        gc.collect()
+        # What no collection has seen yet is all of the youngest generation. A full one also empties the free lists.
+        gc.collect(0 if collections() == self.collections else 2)
 
     def guard(self, step: Callable[..., object], *arguments: object) -> None:
         """Run a step of the end, which may itself run the user's code (excepthook, atexit) and fail."""
@@ -281,12 +313,10 @@ class Program:
             except BaseException:
                 return
 
-    def report(self) -> None:
-        """The finished frame. A child of the program that came this far says nothing: the program is its parent."""
-        if os.getpid() != self.pid or not os.path.samestat(os.fstat(CHANNEL), self.channel):
-            return  # descriptor 3 may be a file of the program's own by now
+    def finished(self) -> bytes:
+        """The frame that says how it ended."""
         frame = {"exit_code": self.exit_code, "error": self.error, "results": self.results}
-        data = json.dumps(frame, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        data = ENCODER.encode(frame).encode("utf-8", "backslashreplace")
         limit = RESULT_CHARACTERS
         while len(data) > FRAME_BYTES and limit > 64:
             limit //= 2
@@ -294,32 +324,194 @@ class Program:
                 self.error["traceback"] = clip(self.error["traceback"], limit)
                 self.error["message"] = clip(self.error["message"], limit)
             self.results[:] = [{kind: clip(text, limit) for kind, text in one.items()} for one in self.results]
-            data = json.dumps(frame, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        os.write(CHANNEL, data)
+            data = ENCODER.encode(frame).encode("utf-8", "backslashreplace")
+        return data
+
+    def report(self) -> None:
+        """Send it. A child of the program that came this far says nothing: the program is its parent."""
+        if os.getpid() == CELL.pid and os.path.samestat(os.fstat(CHANNEL), CELL.channel):
+            os.write(CHANNEL, self.finished())  # else descriptor 3 is a file of the program's own by now
+
+
+def collections() -> int:
+    """How often the garbage collector has run."""
+    return sum(one["collections"] for one in gc.get_stats())
+
+
+def thread_exits() -> int:
+    """How many functions, of pools for instance, wait for the end of the main thread."""
+    return len(getattr(threading, "_threading_atexits", ()))
+
+
+class Setting:
+    """What the zygote has found out for its cells.
+
+    *hooks*: what libraries registered for os.fork(), as keyword arguments of os.register_at_fork; *states*: address and
+    length of each random generator's state that may be filled with random bytes; *reseed*: what else draws numbers
+    anew; *warmup*: the statements of the operator's warm-up, if cells are to have done it themselves; *hurry*: a run
+    waits for this very cell.
+    """
+
+    def __init__(self, hooks: list[dict[str, Callable[[], object]]]) -> None:
+        self.hooks = hooks
+        self.states: list[tuple[int, int]] = []
+        self.reseed: list[Callable[[], object]] = []
+        self.warmup: list[types.CodeType] = []
+        self.hurry = False
+
+    def repeat(self, source: str) -> None:
+        """Have cells run *source* before they are parked, statement by statement."""
+        for statement in ast.parse(source, "<warmup>").body:
+            self.warmup.append(compile(ast.Module([statement], []), "<warmup>", "exec"))
+
+    def warm_up(self, stop: Callable[[], bool]) -> bool:
+        """Run it in names that are thrown away. False when *stop* said so in between."""
+        names = {"__name__": "__warmup__"}
+        for statement in self.warmup:
+            if stop():
+                return False
+            try:
+                exec(statement, names)  # noqa: S102 - the operator's own text
+            except Exception:
+                break  # it ran once, in the zygote; the rest would lack what this was to make
+        return True
+
+
+class Own:
+    """What tells the cell's own process and channel from those that its program may make: set once in each cell."""
+
+    pid = 0
+    thread_exits = 0
+    channel: os.stat_result
+
+
+CELL = Own()
+
+
+def needed(hook: Callable[[], object]) -> bool:
+    """Whether a library's hook does anything for a cell. No lock is held when the zygote forks, and of threads and
+    random numbers `settle` takes care.
+    """
+    owner = getattr(hook, "__self__", None)
+    return not (
+        getattr(hook, "__module__", None) in ("threading", "random", "logging")
+        or type(owner).__module__ in ("_thread", "random", "threading")
+    )
+
+
+def settle(setting: Setting) -> None:
+    """Make the process one of its own: nothing that it draws or calls itself is shared with another cell.
+
+    The interpreter ran no library's at-fork hook, as the zygote kept them from it; a fork of the program's runs them.
+    """
+    CELL.pid = os.getpid()
+    CELL.channel = os.fstat(CHANNEL)
+    CELL.thread_exits = thread_exits()
+    threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
+    for address, length in setting.states:
+        _image.fill_random(address, length)
+    for again in setting.reseed:
+        again()
+    for hooks in setting.hooks:
+        os.register_at_fork(**hooks)
+        if "after_in_child" in hooks and needed(hooks["after_in_child"]):
+            try:
+                if "before" in hooks:
+                    hooks["before"]()
+                hooks["after_in_child"]()
+            except Exception:  # noqa: S112 - as the interpreter does with it, and nobody is there to be told
+                continue
+
+
+REHEARSAL = (
+    "1+1",
+    "for n in range(2):\n    print(n, f'{n:>2}')\n[str(n) for n in range(2)]",
+    "def half(n):\n    return 1 / n\nhalf(0)",
+)
+PAGE_SHIFT = 12
+NOTHING = bytes(16)  # a range that ends the part which a cell does before it is parked
+STEP_SECONDS = 10  # for a statement of the warm-up that does not end
+OWN_PAGES = 1350
+FORESEEN = 2  # of the programs; a traceback alone takes half a megabyte, and whoever waits for one has time
+
+
+def rehearse(stop: Callable[[], bool]) -> bool:
+    """Run small programs through all that a program goes through, with nothing to be seen of it afterwards: caches of
+    the interpreter are filled, pages are this process's own. False when *stop* said so in between.
+    """
+    main, streams = sys.modules["__main__"], (sys.stdout, sys.stderr)
+    argv, orig_argv = sys.argv, sys.orig_argv[:]
+    path = "/code/main.py"
+    try:
+        for source in REHEARSAL:
+            if stop():
+                return False
+            sys.stdout = sys.stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", line_buffering=True)
+            request = {"args": [], "env": {}, "filename": "main.py", "results": True, "code": source}
+            program = Program(json.loads(json.dumps(request)))
+            try:
+                program.execute()
+            except ZeroDivisionError as error:
+                program.ended_by(error)
+            program.flush()
+            program.let_go()
+            program.finished()
+    finally:
+        sys.modules["__main__"] = main
+        sys.stdout, sys.stderr = streams
+        sys.argv, sys.orig_argv[:] = argv, orig_argv
+        linecache.cache.pop(path, None)
+    return True
+
+
+def has_request() -> bool:
+    """Whether the engine has spoken, or is gone."""
+    waiting: bool = _image.waiting(CHANNEL)
+    return waiting
+
+
+def park(setting: Setting) -> None:
+    """Become a process of its own; unless the request is there, make ready what every run touches and say so."""
+    # The pages that the zygote foresaw, all at once, before the first of them is missed.
+    populated = not has_request() and _image.populate(CHANNEL)
+    settle(setting)
+    if setting.hurry:
+        return
+    if not populated:
+        if not rehearse(has_request):
+            return
+        if not setting.warm_up(has_request):
+            return
+    if populated and not has_request():
+        _image.populate(CHANNEL)  # what the warm-up touches: as long as nobody waits
+    if not has_request():
+        os.write(CHANNEL, PARKED)  # last: what is used from now on is the run's
 
 
 def receive() -> dict[str, Any]:
     """The engine's request: packets of one JSON object, the first led by its length."""
     data = os.read(CHANNEL, PACKET)
-    size, parts = int.from_bytes(data[:HEAD_BYTES], "little"), [data[HEAD_BYTES:]]
-    got = len(parts[0])
-    while got < size:
-        parts.append(os.read(CHANNEL, PACKET))
-        if not parts[-1]:
-            raise EOFError
-        got += len(parts[-1])
-    request: dict[str, Any] = json.loads(b"".join(parts))
+    size = int.from_bytes(data[:HEAD_BYTES], "little")
+    data = data[HEAD_BYTES:]
+    if len(data) < size:
+        parts, got = [data], len(data)
+        while got < size:
+            parts.append(os.read(CHANNEL, PACKET))
+            if not parts[-1]:
+                raise EOFError
+            got += len(parts[-1])
+        data = b"".join(parts)
+    request: dict[str, Any] = json.loads(data)
     return request
 
 
-def main() -> None:
+def main(setting: Setting) -> None:
     """From the fork to the end of the process; never returns."""
     code = 1
     program = None
     try:
-        request = receive()
-        reseed()
-        program = Program(request)
+        park(setting)
+        program = Program(receive())
         program.run()
         code = program.exit_code
         program.report()
@@ -328,3 +520,78 @@ def main() -> None:
         code = code or (program.exit_code if program else 1)
     finally:
         os._exit(code)
+
+
+def rehearse_all(setting: Setting) -> None:
+    """What every cell does, from its settling to its frame. Descriptors 1 and 2 lead nowhere, 3 back to itself."""
+    settle(setting)
+    for source in REHEARSAL[:FORESEEN]:
+        request = json.dumps({"args": [], "env": {}, "filename": "main.py", "results": True, "code": source}).encode()
+        os.write(CHANNEL, len(request).to_bytes(HEAD_BYTES, "little") + request)
+        program = Program(receive())
+        program.run()
+        program.report()
+        os.read(CHANNEL, PACKET)
+
+
+def touched(step: Callable[[], object]) -> tuple[set[int], set[int]]:
+    """Which pages a child makes its own and which it maps while it does *step*, by number; none when that fails."""
+    own: set[int] = set()
+    mapped: set[int] = set()
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            sys.modules["_signal"].alarm(STEP_SECONDS)
+            step()
+            _image.record(write)
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read, "rb") as file:
+        data = file.read()
+    os.waitpid(pid, 0)
+    words = memoryview(data[: len(data) & ~15]).cast("Q")
+    for start, end in zip(words[::2], words[1::2], strict=True):
+        (own if start & 1 else mapped).update(range(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
+    return own, mapped
+
+
+def survey(setting: Setting, most: int) -> bytes:
+    """In a child of the zygote that serves nobody: find out what every cell will touch, in the form of
+    _image.record(); then, apart, what the warm-up touches, enough to make *most* own pages in all: those that many of
+    its statements need, the first of them above all.
+    """
+    own, mapped = touched(lambda: rehearse_all(setting))
+    wanted: dict[int, float] = {}
+    seen: dict[int, int] = {}
+    names = {"__name__": "__warmup__"}
+    for rank, statement in enumerate(setting.warmup, 1):
+        step = functools.partial(exec, statement, names)
+        its_own, its_mapped = touched(step)
+        for page in its_own:
+            wanted[page] = wanted.get(page, 0.0) + 1 / rank
+        for page in its_mapped:
+            seen[page] = seen.get(page, 0) + 1
+        try:
+            step()
+        except Exception:
+            break  # as in a cell
+    warm = {page for page in wanted if page not in own}
+    if len(warm) > most - len(own):
+        warm = set(sorted(warm, key=wanted.__getitem__, reverse=True)[: max(0, most - len(own))])
+    known = own | mapped | warm
+    warm_mapped = {page for page, count in seen.items() if count > 1 and page not in known}
+    parts = (as_ranges(own, 1), as_ranges(mapped - own, 0), [NOTHING], as_ranges(warm, 1), as_ranges(warm_mapped, 0))
+    return b"".join(one for part in parts for one in part)
+
+
+def as_ranges(pages: set[int], mark: int) -> Iterator[bytes]:
+    """*pages* as ranges of addresses, *mark* in the lowest bit of each start."""
+    start = end = -1
+    for page in [*sorted(pages), -1]:
+        if page != end:
+            if end > start:
+                yield (start << PAGE_SHIFT | mark).to_bytes(8, "little") + (end << PAGE_SHIFT).to_bytes(8, "little")
+            start = page
+        end = page + 1

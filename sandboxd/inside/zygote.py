@@ -4,6 +4,10 @@ Runs as root of its own user namespace, in its own pid, mount, net, ipc and uts 
 an empty environment but for a few fixed variables; descriptor 3 is the engine's. It is executed as a script by the
 image's interpreter and imports the standard library and one native object. No byte that a tenant sent ever comes here:
 a cell reads its program after the fork, in its own process.
+
+What a cell costs is the memory of this process: page tables to copy, pages to copy when they are written. So small
+objects are gathered in one place while libraries are imported, the whole is moved into a sealed memfd afterwards
+(native/image.c), and libraries' at-fork hooks, which would run in each cell, are kept from the interpreter.
 """
 
 import gc
@@ -11,14 +15,36 @@ import io
 import json
 import os
 import sys
+import time
+
+TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ENGINE = 3
+NURSERY = 4
+IN_A_HURRY = 2  # what _cell.serve() returns in a cell for which a run waits
 PACKET = 1 << 18
+MT19937_BYTES = 624 * 4
+OWN_BYTES = 5_500_000  # of a parked cell that has a warm-up; a few hundred kilobytes more it has anyway
+FORESEE_SECONDS = 30
+SPECIALISE_SECONDS = 1.0  # for the warm-up, where it may be run again
+SPECIALISED = 8  # runs after which the interpreter has adapted a function's code (3.11: quickened after eight)
+
+hooks: "list[dict[str, Callable[[], object]]]" = []
+real_register_at_fork = os.register_at_fork
 
 
 def say(message: dict[str, object]) -> None:
     """One packet to the engine."""
     os.write(ENGINE, json.dumps(message).encode())
+
+
+def note_at_fork(**given: "Callable[[], object]") -> None:
+    """Stands in for os.register_at_fork() while libraries are imported."""
+    if not given or not given.keys() <= {"before", "after_in_child", "after_in_parent"}:
+        real_register_at_fork(**given)  # says what is wrong
+    hooks.append(given)
 
 
 def absent(names: list[str]) -> list[str]:
@@ -65,7 +91,7 @@ def let_go() -> list[str]:
     kept = []
     for fd in map(int, os.listdir("/proc/self/fd")):
         try:
-            if fd > ENGINE:
+            if fd > NURSERY:
                 kept.append(os.readlink(f"/proc/self/fd/{fd}"))
         except FileNotFoundError:
             continue  # the listing's own
@@ -89,21 +115,95 @@ def renew_stdin() -> None:
         os.close(fd)
 
 
-def main() -> bool:
-    """Prepare, report, serve. True in a cell, False in the zygote at its end."""
+def find_randomness(setting: "program.Setting") -> None:
+    """Have every random source that is loaded start anew in each cell.
+
+    OpenSSL does so by itself: it compares pids, and a cell's is never the zygote's. numpy's legacy generator takes 150
+    page faults for its own seed(); its state may be filled with any random bits instead.
+    """
+    modules = sys.modules
+    if "random" in modules:
+        setting.reseed.append(modules["random"].seed)
+    if "numpy.random" in modules:
+        numpy_random = modules["numpy.random"]
+        try:
+            name, key, _, _, _ = numpy_random.mtrand._rand.get_state()
+            numpy_random.mtrand._rand.seed()  # forgets the zygote's seed sequence too
+            numpy_random.mtrand._rand.set_state((name, key, len(key), 0, 0.0))
+            generator = numpy_random.mtrand._rand._bit_generator
+            if name != "MT19937" or key.nbytes != MT19937_BYTES:
+                raise ValueError(name)
+            setting.states.append((generator.ctypes.state_address, key.nbytes))
+        except (AttributeError, TypeError, ValueError):
+            setting.reseed.append(numpy_random.seed)
+    if "tempfile" in modules:
+        modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
+    if "uuid" in modules:
+        for name in ("_last_timestamp", "_last_timestamp_v7", "_last_counter_v7"):
+            if getattr(modules["uuid"], name, None) is not None:
+                setattr(modules["uuid"], name, None)
+
+
+def foresee(setting: "program.Setting", most_bytes: int) -> int:
+    """Learn in children what every cell will touch, so that cells can have it ahead, with a warm-up up to *most_bytes*
+    of memory of their own. Returns the pages; 0 when that is not to be had here, or did not end in time.
+    """
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            itself = os.open(f"/proc/self/fd/{os.pipe()[0]}", os.O_RDWR)
+            for fd, number in ((null, 1), (null, 2), (itself, ENGINE)):
+                os.dup2(fd, number)
+            sys.modules["_signal"].alarm(FORESEE_SECONDS)
+            left = memoryview(program.survey(setting, most_bytes >> 12))
+            while left:
+                left = left[os.write(write, left) :]
+        finally:
+            os._exit(1)
+    os.close(write)
+    pages: int = _image.remember(read)
+    os.close(read)
+    os.waitpid(pid, 0)
+    return pages
+
+
+def main() -> "program.Setting | None":
+    """Prepare, report, serve. What the zygote found out in a cell, None in the zygote at its end."""
     config = json.loads(os.read(ENGINE, PACKET))
-    filter_program = os.read(ENGINE, PACKET)
+    filters = os.read(ENGINE, PACKET), os.read(ENGINE, PACKET)
+    wants_memfd = config.get("image") != "anonymous"
+    if wants_memfd:
+        _image.gather_heap()
+    setting = program.Setting(hooks)
     preload(config["preload"], config["warmup"])
+    if config["warmup"] and config.get("rehearsal"):
+        setting.repeat(config["warmup"])
+        begun, noted = time.monotonic(), len(hooks)
+        for _ in range(SPECIALISED):
+            if time.monotonic() < begun + SPECIALISE_SECONDS:
+                setting.warm_up(lambda: False)
+        del hooks[noted:]
     # Streams exist before the fork and are the same objects after it, on other files.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper: nothing else has come yet
     renew_stdin()
     sys.path[0] = "/workspace"
-    for name in ("_cell", "program"):
+    sys.path_importer_cache.pop("/workspace", None)
+    for name in ("_cell", "_image", "program"):
         del sys.modules[name]
+    find_randomness(setting)
+    os.register_at_fork = sys.modules["posix"].register_at_fork = real_register_at_fork  # type: ignore[attr-defined]
     threads = len(os.listdir("/proc/self/task"))
-    landlock_abi = _cell.prepare(filter_program, config["walls_down"])
     kept = let_go()
-    gc.freeze()  # last: what lives now is shared by all cells, and their collector leaves its pages alone
+    gc.freeze()  # what lives now is shared by all cells, and their collector leaves its pages alone
+    for _ in range(SPECIALISED):
+        program.rehearse(lambda: False)
+    gc.collect()
+    gc.freeze()
+    image = "memfd" if _image.share_heap(wants_memfd) else "anonymous"
+    pages = foresee(setting, config.get("own_bytes", OWN_BYTES)) if image == "memfd" and threads == 1 else 0
+    landlock_abi = _cell.prepare(*filters, config["walls_down"])
     say(
         {
             "ok": True,
@@ -111,16 +211,24 @@ def main() -> bool:
             "threads": threads,
             "kept": kept,
             "version": list(sys.version_info[:3]),
+            "image": image,
+            "pages": pages,
         }
     )
-    in_cell: bool = _cell.serve(ENGINE)
-    return in_cell
+    forked: int = _cell.serve(ENGINE, NURSERY)
+    setting.hurry = forked == IN_A_HURRY
+    return setting if forked else None
 
 
 if __name__ == "__main__":
+    # Nothing that is imported above registers a hook.
+    os.register_at_fork = sys.modules["posix"].register_at_fork = note_at_fork  # type: ignore[assignment,attr-defined]
+
     import _cell  # type: ignore[import-not-found]  # beside this file, for the interpreter of the image
+    import _image  # type: ignore[import-not-found]
     import program  # type: ignore[import-not-found]
 
-    if main():
-        program.main()
+    given = main()
+    if given is not None:
+        program.main(given)
     os._exit(0)
