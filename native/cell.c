@@ -1,8 +1,12 @@
 /* sandboxd.inside._cell: the spawn path of a zygote, and the walls of a cell. Limited API, no cffi, so that one object
  * serves every interpreter from 3.11 on that an operator names.
  *
- * serve() is the zygote's whole life after warming: it forks a cell for each request of the engine and returns only in
- * the cell, sealed. The zygote has one thread (checked before each fork) and reads fixed structs of the engine only.
+ * serve() is the zygote's whole life after warming: it forks a cell for each init that the nursery made, reaps those that
+ * end, and returns only in a cell, sealed. The zygote has one thread (checked before each fork) and reads fixed structs
+ * of the nursery only. Descriptors: 3 to the engine, 4 to the nursery.
+ *
+ * The filter is in two layers, whose more restrictive answer counts: prepare() installs the one that every cell inherits,
+ * which still lets through what a fork and a cell's set-up need; the cell adds the short rest as its last step.
  *
  * In the cell, between clone3 and the return into Python, the steps of steps[] run in their order as the root of the
  * zygote's user namespace, without touching Python: at-fork hooks of libraries run afterwards, when every wall is up.
@@ -18,11 +22,37 @@
 enum { CHANNEL = 3, FIRST_FREE = 4 };
 
 static struct {
-    struct sbx_filter filter;
+    struct sbx_filter filter; /* the cell's own layer */
+    uint64_t tid_address;     /* where glibc keeps the thread id */
     int landlock_abi;
     int prepared;
     uint64_t walls_down; /* bit = enum sbx_stage or below; only tests of the walls themselves set any */
 } seal;
+
+/* The cells that were forked and not reaped yet: what the kernel calls them, and what the engine does. In memory that no
+ * cell inherits. */
+enum { CELLS = 8192 };
+static struct {
+    int32_t pid;
+    uint32_t id;
+} *cells;
+static unsigned int ncells;
+
+/* mmap(2), and MADV_DONTFORK of madvise(2). */
+static long
+make_table(void)
+{
+    const size_t size = CELLS * sizeof(*cells);
+    long r;
+
+    if (cells)
+        return 0;
+    r = sbx_call(SBX_NR_mmap, 0, size, 3 /* read, write */, 0x22 /* MAP_PRIVATE | MAP_ANONYMOUS */, -1, 0);
+    if (r < 0)
+        return r;
+    cells = (void *)(uintptr_t)r;
+    return sbx_call(SBX_NR_madvise, cells, size, 10 /* MADV_DONTFORK */);
+}
 
 /* Parts of one step that can be left out alone (sandboxd/engine/prepared.py). */
 enum { WALL_NETWORK = 48, WALL_IPC = 49, WALL_UTS = 50 };
@@ -34,7 +64,7 @@ is_down(int wall)
 }
 
 struct cell_plan {
-    const struct sbx_cell_request *request;
+    const struct sbx_cell_limits *request;
     int init, stdio[3], channel, tasks_from;
     const int *fds;
 };
@@ -127,7 +157,7 @@ limit_resources(const struct cell_plan *plan)
 static int
 drop_ids(const struct cell_plan *plan)
 {
-    return sbx_become(plan->request->uid, plan->request->gid);
+    return sbx_become(plan->request->uid, plan->request->uid);
 }
 
 /* Changing ids made the process non-dumpable, which would give its own /proc/self to root. It holds no secret and no
@@ -230,9 +260,17 @@ check_single_threaded(void)
     return st.nlink == 3 ? 0 : -SBX_EBUSY;
 }
 
-/* Fork one cell. Returns 0 in the cell, sealed; in the zygote the pid, with *pidfd, or a negated errno and *stage. */
+static void
+block_sigchld(int how) /* 0 SIG_BLOCK, 1 SIG_UNBLOCK */
+{
+    uint64_t sigchld = 1ULL << (SBX_SIGCHLD - 1);
+
+    sbx_call(SBX_NR_rt_sigprocmask, how, &sigchld, 0, sizeof(uint64_t));
+}
+
+/* Fork one cell. Returns 0 in the cell, sealed; in the zygote the pid, or a negated errno and *stage. */
 static long
-fork_cell(const struct sbx_cell_request *request, const int *fds, int *pidfd, enum sbx_stage *stage)
+fork_cell(const struct sbx_cell_limits *request, const int *fds, enum sbx_stage *stage)
 {
     struct cell_plan plan = {
         .request = request,
@@ -243,23 +281,20 @@ fork_cell(const struct sbx_cell_request *request, const int *fds, int *pidfd, en
         .fds = fds,
     };
     struct sbx_clone_args args = {
-        .flags = SBX_CLONE_PIDFD | SBX_CLONE_CHILD_SETTID | SBX_CLONE_CHILD_CLEARTID,
-        .pidfd = (uint64_t)(uintptr_t)pidfd,
+        .flags = SBX_CLONE_CHILD_SETTID | SBX_CLONE_CHILD_CLEARTID,
+        /* glibc keeps the thread id in user memory; without this the cell would hold the zygote's (checked: 2.36). */
+        .child_tid = seal.tid_address,
         .exit_signal = SBX_SIGCHLD,
     };
-    uint64_t tid_address = 0;
     long pid, r;
 
     *stage = SBX_STAGE_THREADS;
     r = check_single_threaded();
     if (r < 0)
         return r;
-    /* glibc keeps the thread id in user memory; without this the cell would hold the zygote's (checked: 2.36). */
     *stage = SBX_STAGE_CLONE;
-    r = sbx_call(SBX_NR_prctl, SBX_PR_GET_TID_ADDRESS, &tid_address, 0, 0, 0);
-    if (r < 0)
-        return r;
-    args.child_tid = tid_address;
+    if (ncells == CELLS)
+        return -SBX_EAGAIN;
     if (request->has_cgroup) {
         args.flags |= SBX_CLONE_INTO_CGROUP;
         args.cgroup = (uint64_t)fds[5];
@@ -270,69 +305,144 @@ fork_cell(const struct sbx_cell_request *request, const int *fds, int *pidfd, en
     PyOS_BeforeFork();
     pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
     if (pid == 0) {
+        block_sigchld(1);
         cell_seal(&plan);
         PyOS_AfterFork_Child();
         return 0;
     }
     PyOS_AfterFork_Parent();
-    if (pid < 0) /* copy_process() has written the number before its last checks (init dead, pids.max), and closed it */
-        *pidfd = -1;
     return pid;
 }
 
-static void
-reap_cell(int pid, struct sbx_cell_reply *reply)
+/* What became of one request of the nursery: in the zygote, in the cell, in a cell that a run waits for. */
+enum { SERVED = 0, FORKED = 1, WANTED = 2, GONE = 3 };
+
+/* One request of the nursery. Returns one of these, or a negated errno. */
+static int
+fork_asked(int engine, int nursery)
 {
+    struct sbx_fork_request request;
+    struct sbx_event event = {.kind = SBX_EVENT_REFUSED};
+    int fds[SBX_FORK_FDS];
+    unsigned int nfds = SBX_FORK_FDS;
+    enum sbx_stage stage = SBX_STAGE_REQUEST;
+    const struct sbx_cell_limits *cell = &request.cell;
+    long pid = -SBX_EINVAL, n = sbx_recv_fds(nursery, &request, sizeof(request), fds, &nfds);
+
+    if (n == 0)
+        return GONE;
+    if (n != (long)sizeof(request))
+        return n < 0 ? (int)n : -SBX_EPROTO;
+    if (cell->nlimits <= SBX_RLIMITS && cell->has_cgroup <= 1 && cell->ntasks <= SBX_FORK_FDS &&
+        nfds == 5 + cell->has_cgroup + cell->ntasks)
+        pid = fork_cell(cell, fds, &stage);
+    if (pid == 0)
+        return cell->hurry ? WANTED : FORKED;
+    for (unsigned int i = 0; i < nfds; i++)
+        sbx_close(fds[i]);
+    if (pid > 0) {
+        cells[ncells].pid = (int32_t)pid;
+        cells[ncells].id = request.id;
+        ncells++;
+        return SERVED;
+    }
+    event.id = request.id;
+    event.report.stage = (uint32_t)stage;
+    event.report.error = (int32_t)-pid;
+    n = sbx_send_fds(engine, &event, sizeof(event), 0, 0);
+    return n < 0 ? (int)n : 0;
+}
+
+/* Reap every cell that has ended, and say how. */
+static int
+reap_cells(int engine, int signals)
+{
+    char info[128];
     struct { /* siginfo_t of SIGCHLD */
         int32_t signo, error, code, pad, pid;
         uint32_t uid;
         int32_t status, rest[25];
-    } info = {0};
-    long r;
+    } ended = {0};
 
-    do
-        r = sbx_call(SBX_NR_waitid, SBX_P_PID, pid, &info, SBX_WEXITED, 0);
-    while (r == -SBX_EINTR);
-    reply->report.error = (int32_t)-r;
-    reply->code = info.code;
-    reply->status = info.status;
+    sbx_call(SBX_NR_read, signals, info, sizeof(info));
+    while (sbx_call(SBX_NR_waitid, SBX_P_ALL, 0, &ended, SBX_WEXITED | SBX_WNOHANG, 0) == 0 && ended.pid) {
+        for (unsigned int i = 0; i < ncells; i++)
+            if (cells[i].pid == ended.pid) {
+                struct sbx_event event = {
+                    .kind = SBX_EVENT_EXITED, .id = cells[i].id, .code = ended.code, .status = ended.status};
+                long n;
+
+                cells[i] = cells[--ncells];
+                n = sbx_send_fds(engine, &event, sizeof(event), 0, 0);
+                if (n < 0)
+                    return (int)n;
+                break;
+            }
+        ended.pid = 0;
+    }
+    return 0;
 }
 
-PyDoc_STRVAR(prepare_doc, "prepare(filter, walls_down=0) -> int\n\n"
-"Make this process fit to be a zygote: not dumpable, no core files, an empty capability bounding set, no_new_privs.\n"
-"*filter* is the compiled seccomp program that every cell installs. *walls_down* is a set of stages, as bits, that\n"
-"cells skip: the tests that prove each wall on its own need it, and the receipt of every run then says so. Returns\n"
-"the kernel's Landlock ABI, 0 without: the engine refuses to serve when the policy requires more. Raises OSError.");
+PyDoc_STRVAR(prepare_doc, "prepare(inherited, own, walls_down=0) -> int\n\n"
+"Make this process fit to be a zygote: not dumpable, no core files, an empty capability bounding set, no_new_privs,\n"
+"and under the seccomp program *inherited*, which its cells inherit. *own* is the program that every cell adds.\n"
+"*walls_down* is a set of stages, as bits, that cells skip: the tests that prove each wall on its own need it, and the\n"
+"receipt of every run then says so. Returns the kernel's Landlock ABI, 0 without: the engine refuses to serve when the\n"
+"policy requires more. Raises OSError.");
+
+static int
+is_program(Py_ssize_t size)
+{
+    return size > 0 && size % 8 == 0 && size / 8 <= 4096;
+}
 
 static PyObject *
 cell_prepare(PyObject *self, PyObject *args)
 {
     static const struct sbx_rlimit no_core = {.resource = 4 /* RLIMIT_CORE */};
-    const char *program;
-    Py_ssize_t size;
+    static const struct {
+        uint64_t handler, flags, restorer, mask;
+    } by_default = {0};
+    struct sbx_filter inherited = {0};
+    const char *first, *second;
+    Py_ssize_t first_size, second_size;
     unsigned long long walls_down = 0;
     void *copy;
     long r;
 
     (void)self;
-    if (!PyArg_ParseTuple(args, "y#|K:prepare", &program, &size, &walls_down))
+    if (!PyArg_ParseTuple(args, "y#y#|K:prepare", &first, &first_size, &second, &second_size, &walls_down))
         return NULL;
-    if (size == 0 || size % 8 != 0 || size / 8 > 4096) {
+    if (!is_program(first_size) || !is_program(second_size)) {
         PyErr_SetString(PyExc_ValueError, "a seccomp program has 1 to 4096 instructions of 8 bytes");
         return NULL;
     }
-    copy = PyMem_Malloc((size_t)size);
+    copy = PyMem_Malloc((size_t)second_size);
     if (copy == NULL)
         return PyErr_NoMemory();
-    for (Py_ssize_t i = 0; i < size; i++)
-        ((char *)copy)[i] = program[i];
-    r = sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0);
+    for (Py_ssize_t i = 0; i < second_size; i++)
+        ((char *)copy)[i] = second[i];
+    seal.walls_down = walls_down;
+    r = sbx_landlock_abi(); /* before the filter: a profile may refuse to ask */
+    seal.landlock_abi = r < 0 ? 0 : (int)r;
+    r = make_table();
+    if (r >= 0)
+        r = sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0);
     if (r >= 0)
         r = sbx_no_new_privs();
     if (r >= 0)
         r = sbx_drop_bounding();
     if (r >= 0)
         r = sbx_set_rlimits(&no_core, 1);
+    if (r >= 0) /* a library may have left it ignored, which would reap behind our back */
+        r = sbx_call(SBX_NR_rt_sigaction, SBX_SIGCHLD, &by_default, 0, sizeof(uint64_t));
+    if (r >= 0)
+        r = sbx_call(SBX_NR_prctl, SBX_PR_GET_TID_ADDRESS, &seal.tid_address, 0, 0, 0);
+    if (r >= 0 && !is_down(SBX_STAGE_SECCOMP)) {
+        inherited.program = first;
+        inherited.length = (uint16_t)(first_size / 8);
+        r = sbx_seccomp_install(&inherited);
+    }
     if (r < 0) {
         PyMem_Free(copy);
         errno = (int)-r;
@@ -340,69 +450,63 @@ cell_prepare(PyObject *self, PyObject *args)
     }
     PyMem_Free((void *)(uintptr_t)seal.filter.program);
     seal.filter.program = copy;
-    seal.filter.length = (uint16_t)(size / 8);
-    r = sbx_landlock_abi();
-    seal.landlock_abi = r < 0 ? 0 : (int)r;
-    seal.walls_down = walls_down;
+    seal.filter.length = (uint16_t)(second_size / 8);
     seal.prepared = 1;
     return PyLong_FromLong(seal.landlock_abi);
 }
 
-PyDoc_STRVAR(serve_doc, "serve(channel) -> bool\n\n"
-"Fork cells for the engine on the descriptor *channel*. Returns True in each cell, sealed, with its streams at 0 to 2\n"
-"and its own channel at 3; False in the zygote when the engine has gone. Raises OSError.");
+PyDoc_STRVAR(serve_doc, "serve(engine, nursery) -> int\n\n"
+"Fork cells for the nursery on the descriptor *nursery*, and tell the engine on *engine* what became of them. Returns\n"
+"1 in each cell, sealed, with its streams at 0 to 2 and its own channel at 3, or 2 when a run waits for it; 0 in the\n"
+"zygote when the engine or the nursery has gone. Raises OSError.");
 
 static PyObject *
 cell_serve(PyObject *self, PyObject *args)
 {
-    int channel;
+    struct {
+        int fd;
+        short events, revents;
+    } polls[3] = {{.events = 0}, {.events = 1}, {.events = 1}};
+    uint64_t sigchld = 1ULL << (SBX_SIGCHLD - 1);
+    int engine, nursery, signals, r = 0;
 
     (void)self;
-    if (!PyArg_ParseTuple(args, "i:serve", &channel))
+    if (!PyArg_ParseTuple(args, "ii:serve", &engine, &nursery))
         return NULL;
     if (!seal.prepared) {
         PyErr_SetString(PyExc_RuntimeError, "prepare() comes first");
         return NULL;
     }
-    for (;;) {
-        struct sbx_cell_request request;
-        struct sbx_cell_reply reply = {0};
-        int fds[SBX_CELL_FDS], pidfd = -1;
-        unsigned int nfds = SBX_CELL_FDS;
-        enum sbx_stage stage = SBX_STAGE_REQUEST;
-        long pid = -SBX_EINVAL, n = sbx_recv_fds(channel, &request, sizeof(request), fds, &nfds);
+    block_sigchld(0);
+    signals = (int)sbx_call(SBX_NR_signalfd4, -1, &sigchld, sizeof(uint64_t), SBX_O_NONBLOCK | SBX_O_CLOEXEC);
+    polls[0].fd = engine;
+    polls[1].fd = nursery;
+    polls[2].fd = signals;
+    if (signals < 0)
+        r = signals;
+    while (r >= 0) {
+        long n = sbx_call(SBX_NR_poll, polls, 3, -1);
 
-        if (n == 0)
-            Py_RETURN_FALSE;
-        if (n != (long)sizeof(request)) {
-            errno = n < 0 ? (int)-n : SBX_EPROTO;
-            return PyErr_SetFromErrno(PyExc_OSError);
+        if (n == -SBX_EINTR)
+            continue;
+        if (n < 0 || polls[0].revents) { /* the engine says nothing any more: only its end is seen here */
+            r = (int)n;
+            break;
         }
-        reply.command = request.command;
-        reply.id = request.id;
-        if (request.command == SBX_CELL_REAP) {
-            reap_cell(request.pid, &reply);
-        } else {
-            if (request.command == SBX_CELL_FORK && request.nlimits <= SBX_RLIMITS && request.has_cgroup <= 1 &&
-                request.ntasks <= SBX_CELL_FDS && nfds == 5 + request.has_cgroup + request.ntasks)
-                pid = fork_cell(&request, fds, &pidfd, &stage);
-            if (pid == 0)
-                Py_RETURN_TRUE;
-            reply.pid = pid < 0 ? -1 : (int32_t)pid;
-            if (pid < 0) {
-                reply.report.stage = (uint32_t)stage;
-                reply.report.error = (int32_t)-pid;
-            }
-        }
-        for (unsigned int i = 0; i < nfds; i++)
-            sbx_close(fds[i]);
-        n = sbx_send_fds(channel, &reply, sizeof(reply), &pidfd, pidfd >= 0);
-        sbx_close(pidfd);
-        if (n < 0) {
-            errno = (int)-n;
-            return PyErr_SetFromErrno(PyExc_OSError);
+        if (polls[2].revents)
+            r = reap_cells(engine, signals);
+        if (r >= 0 && polls[1].revents) {
+            r = fork_asked(engine, nursery);
+            if (r == GONE)
+                break;
+            if (r > SERVED)
+                return PyLong_FromLong(r);
         }
     }
+    if (r >= 0)
+        return PyLong_FromLong(0);
+    errno = -r;
+    return PyErr_SetFromErrno(PyExc_OSError);
 }
 
 static PyMethodDef methods[] = {

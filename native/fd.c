@@ -14,6 +14,14 @@ sbx_close_from(unsigned int first)
     return (int)sbx_call(SBX_NR_close_range, first, ~0U, 0);
 }
 
+/* Those that are not negative. */
+void
+sbx_close_all(const int *fds, unsigned int count)
+{
+    for (unsigned int i = 0; i < count; i++)
+        sbx_close(fds[i]);
+}
+
 /* Put *from* at the number *to*, not close-on-exec, and close *from*. */
 int
 sbx_move_fd(int from, int to)

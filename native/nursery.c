@@ -6,9 +6,12 @@
  *     `-- init, one for each cell: pid 1 of the cell's pid namespace, with the cell's mount, ipc and uts namespaces and
  *         its file systems in place; without capabilities, under an id of its own, all descriptors closed, asleep.
  *
- * Descriptors: 0 /dev/null, 1 and 2 the engine's log, 3 the engine's channel, 4 the zygote's end of its own channel
- * (only until the zygote runs), 5 a pidfd of the engine. When the engine is gone (end of file on 3, or 5 readable) or
- * the zygote is, the nursery exits, and the kernel takes every process of these pid namespaces with it.
+ * Descriptors: 0 /dev/null, 1 and 2 the engine's log, 3 the engine's channel, 4 the zygote's end of its channel to the
+ * engine (only until the zygote runs), 5 a pidfd of the engine. When the engine is gone (end of file on 3, or 5 readable)
+ * or the zygote is, the nursery exits, and the kernel takes every process of these pid namespaces with it.
+ *
+ * A request is served in one go: init made, the engine told, the zygote asked to fork the cell. Nobody waits here for the
+ * fork, which takes longer: the next init is made beside it.
  *
  * Freestanding: no libc, no heap, no interpreter; what a fork of it copies is a few pages. It reads fixed structs from
  * the engine only; nothing that a tenant wrote comes here.
@@ -21,6 +24,14 @@ enum { SLOTS = 8192, ZYGOTE_PID = 30011, INIT_ID = 1 };
 static int netns_of[SLOTS]; /* descriptor + 1, by slot: leased to the slot's present cell, empty in between */
 static int sockstat_of[SLOTS]; /* descriptor + 1 of its /proc/net/sockstat: how many sockets are left in it */
 static int home_netns;
+static int zygote_channel = -1;
+
+/* The inits that live, by slot; a slot has one at a time. */
+static struct {
+    int32_t pid;
+    uint32_t id;
+} inits[SLOTS];
+static uint32_t slots_used; /* none at or above this */
 
 void *memset(void *to, int byte, size_t n);
 void *memcpy(void *to, const void *from, size_t n);
@@ -198,24 +209,38 @@ init_main(const struct init_plan *plan)
         sbx_call(SBX_NR_pause);
 }
 
+/* Descriptors of one cell before they go their two ways. */
+enum cell_fd { INIT, WORKSPACE, CODE, IN_READ, IN_WRITE, OUT_READ, OUT_WRITE, ERR_READ, ERR_WRITE, CHANNEL_OURS,
+               CHANNEL_CELL, CELL_FDS };
+
 static int
-make_pipes(uint32_t id, int *fds)
+make_streams(uint32_t id, int *fds)
 {
     /* A pipe's inode belongs to the fsuid of its maker: the cell may open its own /dev/stderr again. */
     int r = sbx_file_ids(id, id);
 
-    for (int i = 0; i < 3 && r >= 0; i++)
-        r = (int)sbx_call(SBX_NR_pipe2, &fds[2 * i], SBX_O_CLOEXEC);
+    for (int i = IN_READ; i <= ERR_READ && r >= 0; i += 2)
+        r = (int)sbx_call(SBX_NR_pipe2, &fds[i], SBX_O_CLOEXEC);
     if (sbx_file_ids(0, 0) < 0)
         quit(1); /* as a cell's id nothing that follows would be right */
+    /* The engine's ends do not block it; each end of a pipe, and of a socket pair, has flags of its own. */
+    for (int i = IN_WRITE; i <= ERR_READ && r >= 0; i++)
+        if (i == IN_WRITE || i == OUT_READ || i == ERR_READ)
+            r = (int)sbx_call(SBX_NR_fcntl, fds[i], 4 /* F_SETFL */, SBX_O_NONBLOCK);
+    if (r >= 0)
+        r = (int)sbx_call(SBX_NR_socketpair, 1 /* AF_UNIX */, 5 /* SOCK_SEQPACKET */ | SBX_O_CLOEXEC, 0,
+                          &fds[CHANNEL_OURS]);
+    if (r >= 0)
+        r = (int)sbx_call(SBX_NR_fcntl, fds[CHANNEL_OURS], 4 /* F_SETFL */, SBX_O_NONBLOCK);
     return r;
 }
 
-/* Make one init. Fills *fds* (SBX_INIT_FDS) on success; on failure the report says where and all is closed. */
+/* Make one init. Fills *fds* (CELL_FDS) on success; on failure the report says where and all is closed. */
 static void
-make_init(const struct sbx_init_request *q, struct sbx_report *report, int *fds)
+make_init(const struct sbx_make_request *q, struct sbx_report *report, int *fds)
 {
     struct init_plan plan = {.workspace = -1, .tmp = -1, .shm = -1, .code = -1};
+    const uint32_t id = q->cell.uid;
     int pidfd = -1, pipe[2] = {-1, -1};
     struct sbx_clone_args args = {
         .flags = SBX_CLONE_PIDFD | SBX_CLONE_NEWPID | SBX_CLONE_NEWNS | SBX_CLONE_NEWIPC | SBX_CLONE_NEWUTS,
@@ -225,18 +250,18 @@ make_init(const struct sbx_init_request *q, struct sbx_report *report, int *fds)
     enum sbx_stage stage = SBX_STAGE_REQUEST;
     long r = -SBX_EINVAL;
 
-    for (int i = 0; i < SBX_INIT_FDS; i++)
+    for (int i = 0; i < CELL_FDS; i++)
         fds[i] = -1;
-    if (q->slot >= SLOTS || q->uid <= INIT_ID)
+    if (q->slot >= SLOTS || id <= INIT_ID || inits[q->slot].pid)
         goto fail;
     stage = SBX_STAGE_TMPFS;
-    if ((r = plan.workspace = make_tmpfs(q->workspace_bytes, q->workspace_files, 0700, q->uid)) < 0 ||
-        (r = plan.tmp = make_tmpfs(q->tmp_bytes, q->tmp_files, 01777, q->uid)) < 0 ||
-        (r = plan.shm = make_tmpfs(q->shm_bytes, q->shm_files, 01777, q->uid)) < 0 ||
+    if ((r = plan.workspace = make_tmpfs(q->workspace_bytes, q->workspace_files, 0700, id)) < 0 ||
+        (r = plan.tmp = make_tmpfs(q->tmp_bytes, q->tmp_files, 01777, id)) < 0 ||
+        (r = plan.shm = make_tmpfs(q->shm_bytes, q->shm_files, 01777, id)) < 0 ||
         (r = plan.code = make_tmpfs(q->code_bytes, 64, 0755, 0)) < 0)
         goto fail;
     stage = SBX_STAGE_PIPES;
-    if ((r = make_pipes(q->uid, &fds[3])) < 0 || (r = sbx_call(SBX_NR_pipe2, pipe, SBX_O_CLOEXEC)) < 0)
+    if ((r = make_streams(id, fds)) < 0 || (r = sbx_call(SBX_NR_pipe2, pipe, SBX_O_CLOEXEC)) < 0)
         goto fail;
     stage = SBX_STAGE_NETNS;
     if ((r = plan.netns = lease_netns(q->slot)) < 0)
@@ -248,9 +273,11 @@ make_init(const struct sbx_init_request *q, struct sbx_report *report, int *fds)
         init_main(&plan);
     if (r < 0)
         goto fail;
-    fds[0] = pidfd;
-    fds[1] = plan.workspace;
-    fds[2] = plan.code;
+    inits[q->slot].pid = (int32_t)r;
+    inits[q->slot].id = q->id;
+    if (slots_used <= q->slot)
+        slots_used = q->slot + 1;
+    fds[INIT] = pidfd;
     sbx_close(pipe[1]);
     pipe[1] = -1;
     r = sbx_read_all(pipe[0], report, sizeof(*report));
@@ -263,13 +290,15 @@ fail:
     if (stage != SBX_STAGE_NONE) {
         report->stage = (uint32_t)stage;
         report->error = (int32_t)-r;
-        fds[1] = plan.workspace;
-        fds[2] = plan.code;
     }
+    fds[WORKSPACE] = plan.workspace;
+    fds[CODE] = plan.code;
     if (report->stage != SBX_STAGE_NONE) {
-        if (pidfd >= 0)
+        if (pidfd >= 0) {
             sbx_pidfd_kill(pidfd, SBX_SIGKILL);
-        for (int i = 0; i < SBX_INIT_FDS; i++)
+            inits[q->slot].pid = 0; /* refused is the last word on this cell */
+        }
+        for (int i = 0; i < CELL_FDS; i++)
             sbx_close(fds[i]);
     }
     sbx_close(plan.tmp);
@@ -278,34 +307,56 @@ fail:
     sbx_close(pipe[1]);
 }
 
+static void
+tell(enum sbx_event_kind kind, uint32_t id, const struct sbx_report *report, const int *fds, unsigned int nfds)
+{
+    struct sbx_event event = {.kind = kind, .id = id};
+
+    if (report)
+        event.report = *report;
+    if (sbx_send_fds(ENGINE, &event, sizeof(event), fds, nfds) < 0)
+        quit(1);
+}
+
 /* One request of the engine. */
 static void
 answer(void)
 {
-    struct sbx_init_request request;
-    struct sbx_init_reply reply = {0};
-    int fds[SBX_INIT_FDS], none;
-    unsigned int nfds = 0;
-    long n = sbx_recv_fds(ENGINE, &request, sizeof(request), &none, &nfds);
+    struct sbx_make_request request;
+    struct sbx_report report = {0};
+    int entries[SBX_ENTRY_FDS], fds[CELL_FDS];
+    unsigned int nentries = SBX_ENTRY_FDS;
+    long n = sbx_recv_fds(ENGINE, &request, sizeof(request), entries, &nentries);
 
     if (n == -SBX_EAGAIN)
         return;
     if (n != (long)sizeof(request))
         quit(n == 0 ? 0 : 1); /* the engine is gone, or talks nonsense */
-    reply.slot = request.slot;
-    make_init(&request, &reply.report, fds);
-    n = sbx_send_fds(ENGINE, &reply, sizeof(reply), fds, reply.report.stage ? 0 : SBX_INIT_FDS);
-    if (reply.report.stage == SBX_STAGE_NONE)
-        for (int i = 0; i < SBX_INIT_FDS; i++)
+    make_init(&request, &report, fds);
+    if (report.stage != SBX_STAGE_NONE) {
+        tell(SBX_EVENT_REFUSED, request.id, &report, 0, 0);
+    } else {
+        const int made[SBX_MADE_FDS] = {fds[INIT],     fds[WORKSPACE], fds[CODE],        fds[IN_WRITE],
+                                        fds[OUT_READ], fds[ERR_READ],  fds[CHANNEL_OURS]};
+        int forked[SBX_FORK_FDS] = {fds[INIT], fds[IN_READ], fds[OUT_WRITE], fds[ERR_WRITE], fds[CHANNEL_CELL]};
+        struct sbx_fork_request fork = {.id = request.id, .cell = request.cell};
+
+        for (unsigned int i = 0; i < nentries; i++)
+            forked[5 + i] = entries[i];
+        tell(SBX_EVENT_MADE, request.id, 0, made, SBX_MADE_FDS);
+        if (sbx_send_fds(zygote_channel, &fork, sizeof(fork), forked, 5 + nentries) < 0)
+            quit(2);
+        for (int i = 0; i < CELL_FDS; i++)
             sbx_close(fds[i]);
-    if (n < 0)
-        quit(1);
+    }
+    for (unsigned int i = 0; i < nentries; i++)
+        sbx_close(entries[i]);
 }
 
 /* Start the zygote under a pid that no cell's program has: libraries that notice a fork by getpid(2) (OpenSSL's random
  * generator) would otherwise see none, zygote and cell both being the second process of their namespaces. */
 static int
-start_zygote(char **argv, char **envp)
+start_zygote(char **argv, char **envp, int channel)
 {
     static const char no_exec[] = "nursery: the interpreter cannot be executed\n";
     uint32_t tid = ZYGOTE_PID;
@@ -318,14 +369,14 @@ start_zygote(char **argv, char **envp)
         return (int)pid;
     sbx_call(SBX_NR_rt_sigprocmask, 2, &none, 0, sizeof(uint64_t));
     sbx_call(SBX_NR_setsid);
-    if (sbx_move_fd(ZYGOTE, ENGINE) < 0 || sbx_close_from(ENGINE + 1) < 0)
+    if (sbx_move_fd(ZYGOTE, ENGINE) < 0 || sbx_move_fd(channel, ENGINE + 1) < 0 || sbx_close_from(ENGINE + 2) < 0)
         quit(126);
     sbx_call(SBX_NR_execve, argv[1], argv + 1, envp);
     sbx_write_all(2, no_exec, sizeof(no_exec) - 1);
     quit(127);
 }
 
-/* Reap whatever died. The zygote's death ends all. */
+/* Reap whatever died. The zygote's death ends all; an init that could be reaped was the last of its namespace. */
 static void
 reap(int signals, int zygote)
 {
@@ -333,9 +384,16 @@ reap(int signals, int zygote)
     long pid;
 
     sbx_call(SBX_NR_read, signals, info, sizeof(info));
-    while ((pid = sbx_call(SBX_NR_wait4, -1, 0, SBX_WNOHANG | SBX_WALL, 0)) > 0)
+    while ((pid = sbx_call(SBX_NR_wait4, -1, 0, SBX_WNOHANG | SBX_WALL, 0)) > 0) {
         if (pid == zygote)
             quit(2);
+        for (uint32_t slot = 0; slot < slots_used; slot++)
+            if (inits[slot].pid == pid) {
+                inits[slot].pid = 0;
+                tell(SBX_EVENT_DEAD, inits[slot].id, 0, 0, 0);
+                break;
+            }
+    }
 }
 
 __attribute__((used)) static _Noreturn void
@@ -348,7 +406,7 @@ nursery_main(long *stack)
         int fd;
         short events, revents;
     } polls[3] = {{.fd = ENGINE, .events = 1}, {.fd = OWNER, .events = 1}, {.fd = -1, .events = 1}};
-    int zygote;
+    int zygote, pair[2];
 
     if (sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
         quit(3);
@@ -357,10 +415,13 @@ nursery_main(long *stack)
     home_netns = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/ns/net", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);
     for (int fd = ENGINE; fd <= OWNER; fd++)
         sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
-    if (argc < 2 || polls[2].fd < 0 || home_netns < 0 || sbx_no_new_privs() < 0)
+    if (argc < 2 || polls[2].fd < 0 || home_netns < 0 || sbx_no_new_privs() < 0 ||
+        sbx_call(SBX_NR_socketpair, 1 /* AF_UNIX */, 5 /* SOCK_SEQPACKET */ | SBX_O_CLOEXEC, 0, pair) < 0)
         quit(3);
-    zygote = start_zygote(argv, envp);
+    zygote_channel = pair[0];
+    zygote = start_zygote(argv, envp, pair[1]);
     sbx_close(ZYGOTE);
+    sbx_close(pair[1]);
     /* After the zygote is on its way: exec as root would otherwise find no capability to keep. */
     if (zygote < 0 || sbx_drop_bounding() < 0)
         quit(4);

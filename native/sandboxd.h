@@ -55,6 +55,7 @@ struct sbx_report {
 /* fd.c */
 int sbx_close(int fd);
 int sbx_close_from(unsigned int first);
+void sbx_close_all(const int *fds, unsigned int count);
 int sbx_move_fd(int from, int to);
 int sbx_open_beneath(int dirfd, const char *path, uint64_t flags, uint32_t mode);
 int sbx_pidfd_open(int pid);
@@ -107,38 +108,45 @@ struct sbx_filter { /* struct sock_fprog */
 };
 int sbx_seccomp_install(const struct sbx_filter *filter);
 
-/* Messages between engine and nursery (SOCK_SEQPACKET, fixed size, host byte order: both ends are of one build). */
-struct sbx_init_request {
-    uint32_t slot;
+/* Messages: SOCK_SEQPACKET, fixed size, host byte order: all ends are of one build. The *id* is the engine's name for a
+ * cell in all that is said about it.
+ *
+ *     engine -> nursery    sbx_make_request: make an init, then have the zygote fork the cell
+ *     nursery -> engine    sbx_event MADE with descriptors, or REFUSED; later DEAD: the init, and so the pid namespace
+ *     nursery -> zygote    sbx_fork_request with descriptors
+ *     zygote -> engine     sbx_event REFUSED: no cell was forked; or, once, EXITED: the cell was, and is reaped
+ */
+struct sbx_cell_limits {
     uint32_t uid; /* within the user namespace; also the gid */
-    uint64_t workspace_bytes, workspace_files, tmp_bytes, tmp_files, shm_bytes, shm_files, code_bytes;
-};
-
-/* With it, on success: pidfd of the init, mount of /workspace, mount of /code, then the six pipe ends
- * stdin read, stdin write, stdout read, stdout write, stderr read, stderr write. */
-#define SBX_INIT_FDS 9
-struct sbx_init_reply {
-    uint32_t slot;
-    struct sbx_report report; /* stage 0: the init lives */
-};
-
-/* Messages between engine and zygote. */
-enum sbx_cell_command { SBX_CELL_FORK = 1, SBX_CELL_REAP = 2 };
-
-/* FORK carries: pidfd of the init, stdin, stdout, stderr, channel, then the leaf's directory if has_cgroup, then
- * ntasks descriptors of v1 tasks files. REAP carries nothing. */
-#define SBX_CELL_FDS 24
-struct sbx_cell_request {
-    uint32_t command, id;
-    int32_t pid; /* REAP: as FORK's reply gave it */
-    uint32_t uid, gid, has_cgroup, ntasks, nlimits;
+    uint32_t has_cgroup, ntasks, nlimits;
+    uint32_t hurry; /* a run waits for it: no time to rehearse */
+    uint32_t pad;
     struct sbx_rlimit limits[SBX_RLIMITS];
 };
 
-/* FORK's answer carries the pidfd of the cell. REAP's says how it ended: code and status as in siginfo_t. */
-struct sbx_cell_reply {
-    uint32_t command, id;
-    int32_t pid, code, status;
+/* Carries the leaf's directory if has_cgroup, then ntasks descriptors of v1 tasks files. */
+#define SBX_ENTRY_FDS 9
+struct sbx_make_request {
+    uint32_t id, slot;
+    uint64_t workspace_bytes, workspace_files, tmp_bytes, tmp_files, shm_bytes, shm_files, code_bytes;
+    struct sbx_cell_limits cell;
+};
+
+/* Carries: pidfd of the init, stdin, stdout, stderr, channel, then what sbx_make_request carried. */
+#define SBX_FORK_FDS (5 + SBX_ENTRY_FDS)
+struct sbx_fork_request {
+    uint32_t id, pad;
+    struct sbx_cell_limits cell;
+};
+
+enum sbx_event_kind { SBX_EVENT_MADE = 1, SBX_EVENT_REFUSED = 2, SBX_EVENT_DEAD = 3, SBX_EVENT_EXITED = 4 };
+
+/* MADE carries: pidfd of the init, mounts of /workspace and /code, the engine's ends of stdin, stdout, stderr and of the
+ * cell's channel. REFUSED says where. EXITED says how: code and status as in siginfo_t. */
+#define SBX_MADE_FDS 7
+struct sbx_event {
+    uint32_t kind, id;
+    int32_t code, status;
     struct sbx_report report;
 };
 

@@ -29,6 +29,37 @@ struct sbx_zygote_plan {
     int allow_user_namespaces; /* only for tests of the other walls */
 };
 
+struct sbx_number { /* in a control file of a cgroup */
+    int fd;
+    char key[28]; /* empty: the file's only one */
+    int64_t value;
+};
+
+struct sbx_handover { /* below a second */
+    int alarm, source, channel;
+    int64_t alarm_nsec;
+    const char *text, *message;
+    size_t text_length, message_length;
+};
+
+struct sbx_lookback {
+    struct sbx_number *numbers;
+    unsigned int count;
+    int workspace, out, err;
+    int touched;
+    char *buffer; /* both streams, one behind the other */
+    size_t room, out_length, err_length;
+};
+
+/* direct.c */
+int sbx_look_back(struct sbx_lookback *seen);
+int sbx_alarm_new(void);
+int sbx_alarm_is_set(int alarm);
+int sbx_hand_over(const struct sbx_handover *given);
+
+/* numbers.c */
+void sbx_read_numbers(struct sbx_number *numbers, unsigned int count);
+
 int sbx_launch(const struct sbx_launch *plan, int *pidfd);
 int sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd);
 int sbx_hide_self(void);

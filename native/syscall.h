@@ -41,12 +41,15 @@ enum sbx_nr {
     SBX_NR_write = 1,
     SBX_NR_close = 3,
     SBX_NR_poll = 7,
+    SBX_NR_mmap = 9,
     SBX_NR_rt_sigaction = 13,
     SBX_NR_rt_sigprocmask = 14,
+    SBX_NR_madvise = 28,
     SBX_NR_dup2 = 33,
     SBX_NR_pause = 34,
     SBX_NR_pread64 = 17,
     SBX_NR_sendmsg = 46,
+    SBX_NR_socketpair = 53,
     SBX_NR_recvmsg = 47,
     SBX_NR_execve = 59,
     SBX_NR_wait4 = 61,
@@ -79,6 +82,9 @@ enum sbx_nr {
     SBX_NR_newfstatat = 262,
     SBX_NR_symlinkat = 266,
     SBX_NR_unshare = 272,
+    SBX_NR_timerfd_create = 283,
+    SBX_NR_timerfd_settime = 286,
+    SBX_NR_timerfd_gettime = 287,
     SBX_NR_signalfd4 = 289,
     SBX_NR_dup3 = 292,
     SBX_NR_pipe2 = 293,
@@ -196,7 +202,7 @@ struct sbx_open_how { /* linux/openat2.h */
 
 #define SBX_SIGKILL 9
 #define SBX_SIGCHLD 17
-#define SBX_P_PID 1
+#define SBX_P_ALL 0
 #define SBX_WNOHANG 1
 #define SBX_WEXITED 4
 #define SBX_WALL 0x40000000

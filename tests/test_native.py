@@ -175,64 +175,70 @@ def test_encoded_plan_is_what_the_c_side_reads() -> None:
     assert [tuple(op) for op in rootfs.iterate(rootfs.encode(operations))] == [tuple(op) for op in operations]
 
 
-def in_zygote(act: Callable[[object, socket.socket], None]) -> int:
-    """Run *act* with the cell's extension, prepared, in a child whose channel is the given socket; its exit status."""
+def in_zygote(act: Callable[[socket.socket, socket.socket], object]) -> int:
+    """Run *act* with the engine's and the nursery's ends of the channels to a child that has the cell's extension
+    prepared; its exit status.
+    """
     code = f"""
 import sys, socket
 sys.path.insert(0, {str(INSIDE)!r})
 import _cell
-sock = socket.socket(fileno=int(sys.argv[1]))
+ends = [int(word) for word in sys.argv[1:]]
+allow = b"\\x06\\0\\0\\0\\0\\0\\xff\\x7f"
 try:
-    _cell.serve(sock.fileno())
+    _cell.serve(*ends)
 except RuntimeError:
     pass
 else:
     sys.exit(40)
 for wrong in (b"", b"1234567", b"x" * 8 * 4097):
-    try:
-        _cell.prepare(wrong)
-    except ValueError:
-        pass
-    else:
-        sys.exit(41)
-assert _cell.prepare(b"\\x06\\0\\0\\0\\0\\0\\xff\\x7f") >= 0
+    for pair in ((wrong, allow), (allow, wrong)):
+        try:
+            _cell.prepare(*pair)
+        except ValueError:
+            pass
+        else:
+            sys.exit(41)
+assert _cell.prepare(allow, allow) >= 0
 try:
-    sys.exit(0 if _cell.serve(sock.fileno()) is False else 42)
+    sys.exit(0 if _cell.serve(*ends) == 0 else 42)
 except OSError as error:
     sys.exit(50 + (error.errno == 71))
 """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    command = [sys.executable, "-I", "-S", "-c", code, str(theirs.fileno())]
-    with ours, theirs, subprocess.Popen(command, pass_fds=[theirs.fileno()]) as child:
-        theirs.close()
-        act(child, ours)
+    engine, zygote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    nursery, requests = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    given = [zygote.fileno(), requests.fileno()]
+    command = [sys.executable, "-I", "-S", "-c", code, *map(str, given)]
+    with engine, nursery, zygote, requests, subprocess.Popen(command, pass_fds=given) as child:
+        zygote.close()
+        requests.close()
+        act(engine, nursery)
         return child.wait(60)
 
 
-def test_zygote_ends_when_the_engine_does() -> None:
-    assert in_zygote(lambda child, sock: sock.close()) == 0
+@pytest.mark.parametrize("which", [0, 1], ids=["engine", "nursery"])
+def test_zygote_ends_when_the_engine_or_the_nursery_does(which: int) -> None:
+    assert in_zygote(lambda *ends: ends[which].close()) == 0
 
 
 def test_zygote_refuses_a_packet_of_another_size() -> None:
-    assert in_zygote(lambda child, sock: sock.sendall(b"x")) == 51
+    assert in_zygote(lambda engine, nursery: nursery.sendall(b"x")) == 51
 
 
 @pytest.mark.parametrize(
-    ("command", "nfds", "has_cgroup", "ntasks", "nlimits"),
-    [(1, 4, 0, 0, 0), (1, 5, 1, 0, 0), (1, 5, 0, 1, 0), (1, 5, 0, 2**31, 0), (1, 5, 0, 0, 17), (9, 5, 0, 0, 0)],
+    ("nfds", "has_cgroup", "ntasks", "nlimits"),
+    [(4, 0, 0, 0), (5, 1, 0, 0), (5, 0, 1, 0), (5, 0, 2**31, 0), (5, 0, 0, 17), (5, 2, 0, 0)],
 )
-def test_zygote_refuses_a_request_that_does_not_add_up(
-    command: int, nfds: int, has_cgroup: int, ntasks: int, nlimits: int
-) -> None:
-    def ask(child: object, sock: socket.socket) -> None:
-        request = struct.pack("=IIiIIIII", command, 7, 0, 1000, 1000, has_cgroup, ntasks, nlimits) + bytes(24 * 16)
+def test_zygote_refuses_a_request_that_does_not_add_up(nfds: int, has_cgroup: int, ntasks: int, nlimits: int) -> None:
+    def ask(engine: socket.socket, nursery: socket.socket) -> None:
+        request = struct.pack("=IIIIIIII", 7, 0, 1000, has_cgroup, ntasks, nlimits, 0, 0) + bytes(24 * 16)
         null = os.open(os.devnull, os.O_RDWR)
-        socket.send_fds(sock, [request], [null] * nfds)
+        socket.send_fds(nursery, [request], [null] * nfds)
         os.close(null)
-        reply = struct.unpack("=IIiiiIiI", sock.recv(256))
-        assert reply[:3] == (command, 7, -1)
-        assert reply[5:7] == (Stage.REQUEST, errno.EINVAL)
-        sock.close()
+        kind, identity, _, _, stage, number, _ = struct.unpack("=IIiiIiI", engine.recv(256))
+        assert (kind, identity) == (2, 7)
+        assert (stage, number) == (Stage.REQUEST, errno.EINVAL)
+        nursery.close()
 
     assert in_zygote(ask) == 0
 
