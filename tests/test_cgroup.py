@@ -25,9 +25,11 @@ import pytest
 
 from sandboxd.cgroup import Bounds, Hierarchy, Instance, Layout, Leaf, LeafLimits, discover, sweep, v2
 from sandboxd.cgroup import files as cgroup_files
-from sandboxd.cgroup.files import Fds, Group, flat_keyed
+from sandboxd.cgroup.files import Fds, Group
 from sandboxd.cgroup.leaf import cpu_quota
+from sandboxd.cgroup.numbers import Numbers
 from sandboxd.cgroup.place import start_time
+from sandboxd.cgroup.reading import Reading
 from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:
@@ -907,13 +909,17 @@ def fake(tmp_path: Path) -> Iterator[tuple[Group, Path]]:
 
 def test_v2_bandwidth_writes_quota_period_and_burst(fake: tuple[Group, Path]) -> None:
     group, path = fake
-    fds = Fds()
-    bandwidth = v2.Bandwidth(group, fds)
+    fds, numbers = Fds(), Numbers()
+    bandwidth = v2.Bandwidth(group, fds, numbers)
+    v2.CpuUsage(group, fds, numbers)
+    before = (0,) * len(numbers.rows)
+    numbers.refresh()
     bandwidth.set_quota(5_000, 10_000)
     assert (path / "cpu.max").read_text().startswith("5000 10000")
     assert (path / "cpu.max.burst").read_text().startswith("5000")
-    assert bandwidth.throttled_usec() == 900
-    assert v2.CpuUsage(group, fds).times_usec() == (70, 50, 20)
+    counters = Reading(tuple(numbers.rows), before, None, 1).counters(numbers.values())
+    assert counters.throttled_usec == 900
+    assert (counters.cpu_usec, counters.cpu_user_usec, counters.cpu_system_usec) == (70, 50, 20)
     fds.close()
 
 
@@ -924,8 +930,25 @@ def test_v2_instance_is_bounded_without_swap(fake: tuple[Group, Path]) -> None:
     assert (path / "memory.swap.max").read_text().startswith("0")
 
 
-def test_flat_keyed_files_are_parsed() -> None:
-    assert flat_keyed("low 0\nmax 3\noom_kill 2\n\nsome avg10=0.00\nbad\nx -1\n") == {"low": 0, "max": 3, "oom_kill": 2}
+def test_numbers_of_control_files_are_parsed(tmp_path: Path) -> None:
+    keyed, plain = tmp_path / "keyed", tmp_path / "plain"
+    keyed.write_text("low 0\nmaximum 9\nmax 3\noom_kill 2\n\nsome avg10=0.00\nbad\nx -1\nhuge 99999999999999999999\n")
+    plain.write_text("4096\n")
+    fds, numbers = Fds(), Numbers()
+    first, second = (fds.own(os.open(path, os.O_RDONLY)) for path in (keyed, plain))
+    found = {key: numbers.add(first, key) for key in ("low", "max", "oom_kill", "absent", "huge", "bad", "some", "x")}
+    only, wrong = numbers.add(second), numbers.add(-1)
+    numbers.refresh()
+    values = {key: number.last for key, number in found.items() if key not in ("some", "x")}
+    assert values == {"low": 0, "max": 3, "oom_kill": 2, "absent": 0, "huge": (1 << 63) - 1, "bad": 0}
+    assert only.last == 4096
+    for refused, number in ((errno.EINVAL, found["some"]), (errno.EINVAL, found["x"]), (errno.EBADF, wrong)):
+        with pytest.raises(OSError, match="pread") as raised:
+            number.now()
+        assert raised.value.errno == refused
+    plain.write_text("8192\n")
+    assert (only.last, only.now()) == (4096, 8192)
+    fds.close()
 
 
 def test_notifier_is_readable_from_a_change_until_it_is_read(twin_instance: Instance) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Fds", "Group", "flat_keyed", "kill_listed", "pread_int", "pread_text"]
+__all__ = ["Fds", "Group", "kill_listed"]
 
 # The longest file read here is a cpu.stat or memory.events of a few hundred bytes; a list of pids is read to its end.
 _CHUNK = 4096
@@ -26,41 +26,59 @@ class Fds:
 
     def __init__(self) -> None:
         self._fds: list[int] = []
+        self._files: list[File] = []
 
     def own(self, fd: int) -> int:
         """Take over *fd* and give it back."""
         self._fds.append(fd)
         return fd
 
+    def file(self, group: Group, name: str, flags: int = os.O_RDONLY) -> File:
+        """Open a control file that may ``rest``. Raises OSError."""
+        made = File(group, name, flags)
+        self._files.append(made)
+        return made
+
+    def rest(self) -> None:
+        """Close the control files; each must ``wake`` before it is used again."""
+        for file in self._files:
+            file.rest()
+
+    def wake(self) -> None:
+        """Open again what rests. Raises OSError."""
+        for file in self._files:
+            file.wake()
+
     def close(self) -> None:
         # The list is forgotten first: after close(2) the kernel may hand a number out again.
+        self.rest()
+        self._files = []
         fds, self._fds = self._fds, []
         for fd in reversed(fds):
             os.close(fd)
 
 
-def flat_keyed(text: str) -> dict[str, int]:
-    """A flat keyed control file (``key value`` lines); lines of another form are left out.
+class File:
+    """An open control file, or one that rests: thousands of cells would hold more descriptors than a process may."""
 
-    Source: "Core Interface Files, Format", Documentation/admin-guide/cgroup-v2.rst; memory.oom_control of v1 has it
-    too.
-    """
-    values: dict[str, int] = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(" ")
-        if value.isdecimal():
-            values[key] = int(value)
-    return values
+    __slots__ = ("_flags", "_group", "_name", "fd")
 
+    def __init__(self, group: Group, name: str, flags: int) -> None:
+        self._group = group
+        self._name = name
+        self._flags = flags
+        self.fd = group.open(name, flags)
 
-def pread_text(fd: int) -> str:
-    """The control file behind *fd* from its start, as it is now: cgroup files are made anew at offset 0."""
-    return os.pread(fd, _CHUNK, 0).decode("ascii")
+    def rest(self) -> None:
+        """Close it."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
-
-def pread_int(fd: int) -> int:
-    """The single number in the control file behind *fd*."""
-    return int(os.pread(fd, 64, 0))
+    def wake(self) -> None:
+        """Open it again, if it rests. Raises OSError."""
+        if self.fd < 0:
+            self.fd = self._group.open(self._name, self._flags)
 
 
 def _explain(error: OSError, operation: str, path: str) -> OSError:

@@ -8,12 +8,14 @@ import os
 import select
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, Self
 
 from sandboxd.cgroup import v1, v2
 from sandboxd.cgroup.files import Fds, Group, kill_listed
+from sandboxd.cgroup.numbers import Number, Numbers
 from sandboxd.cgroup.pids import Pids
+from sandboxd.cgroup.reading import Counters, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,28 +45,6 @@ class LeafLimits:
 
 
 @dataclass(frozen=True)
-class Counters:
-    """What one run used and touched, counted since ``Leaf.begin``.
-
-    *memory_peak_bytes* includes page cache, tmpfs and kernel memory. *oom_kills* counts tasks of this leaf killed by
-    any OOM, also the host's: it was the leaf's own limit only if *memory_limit_hits* is not 0 too. *memory_limit_hits*
-    counts how often usage met the limit, also when reclaim then made room. *pids_peak* is None where the kernel cannot
-    tell it for this run alone.
-    """
-
-    cpu_usec: int
-    cpu_user_usec: int
-    cpu_system_usec: int
-    throttled_usec: int
-    memory_peak_bytes: int
-    memory_current_bytes: int
-    memory_limit_hits: int
-    oom_kills: int
-    pids_peak: int | None
-    pids_limit_hits: int
-
-
-@dataclass(frozen=True)
 class LeafGroups:
     """The directories of one leaf: *v1* by controller (a joint mount under each of its names), and that on v2."""
 
@@ -91,27 +71,24 @@ class LeafGroups:
 class _Memory(Protocol):
     oom_fd: int
     peak_resettable: bool
+    kills: Number
 
+    @property
+    def limit(self) -> int | None: ...
     def set_limit(self, limit_bytes: int | None) -> None: ...
-    def begin(self) -> None: ...
+    def reset_peak(self) -> None: ...
     def oom_clear(self) -> None: ...
-    def oom_kills(self) -> int: ...
-    def limit_hits(self) -> int: ...
-    def peak(self) -> int: ...
     def current(self) -> int: ...
     def reclaim(self) -> None: ...
 
 
 class _Bandwidth(Protocol):
     def set_quota(self, quota_usec: int | None, period_usec: int) -> None: ...
-    def begin(self) -> None: ...
-    def throttled_usec(self) -> int: ...
 
 
 class _CpuUsage(Protocol):
-    def begin(self) -> None: ...
-    def usage_usec(self) -> int: ...
-    def times_usec(self) -> tuple[int, int, int]: ...
+    total: Number
+    divisor: int
 
 
 def cpu_quota(cpus: float | None) -> tuple[int | None, int]:
@@ -144,25 +121,51 @@ class Leaf:
         self._limits: LeafLimits | None = None
         self._begun = False
         self._fds = Fds()
+        self._numbers = Numbers()
+        self._pids_floor = pids_floor
+        self._reading: Reading | None = None
+        self._kills_before = self._cpu_before = 0
+        self._dozing = False
         with ExitStack() as undo:
             for group in groups.all():
                 group.make()
                 undo.callback(group.remove)
             undo.callback(self._fds.close)
-            self._open(pids_floor)
+            self._open()
             undo.pop_all()
 
-    def _open(self, pids_floor: int) -> None:
-        groups, fds = self._groups, self._fds
-        self._life = None if groups.v2 is None else v2.LifeCycle(groups.v2, fds)
-        memory, cpu = groups.of("memory"), groups.of("cpu")
-        self._memory: _Memory = v2.Memory(memory, fds) if memory is groups.v2 else v1.Memory(memory, fds)
-        self._pids = Pids(groups.of("pids"), fds, pids_floor)
-        self._bandwidth: _Bandwidth = v2.Bandwidth(cpu, fds) if cpu is groups.v2 else v1.Bandwidth(cpu, fds)
+    def _open(self) -> None:
+        groups, fds, numbers = self._groups, self._fds, self._numbers
         self._usage: _CpuUsage = (
-            v1.CpuUsage(groups.of("cpuacct"), fds) if groups.v2 is None else v2.CpuUsage(groups.v2, fds)
+            v1.CpuUsage(groups.of("cpuacct"), fds, numbers)
+            if groups.v2 is None
+            else v2.CpuUsage(groups.v2, fds, numbers)
         )
-        self._entry_fds = [fds.own(group.open("tasks", os.O_WRONLY)) for group in groups.v1_distinct()]
+        memory, cpu = groups.of("memory"), groups.of("cpu")
+        self._memory: _Memory = (
+            v2.Memory(memory, fds, numbers) if memory is groups.v2 else v1.Memory(memory, fds, numbers)
+        )
+        self._pids = Pids(groups.of("pids"), fds, numbers)
+        self._bandwidth: _Bandwidth = (
+            v2.Bandwidth(cpu, fds, numbers) if cpu is groups.v2 else v1.Bandwidth(cpu, fds, numbers)
+        )
+        self._life = None if groups.v2 is None else v2.LifeCycle(groups.v2, fds, numbers)
+        self._entries = [fds.file(group, "tasks", os.O_WRONLY) for group in groups.v1_distinct()]
+
+    # Descriptors
+
+    def doze(self) -> None:
+        """Close what is not needed before the run's end; the next question opens it again. For many live cells at once:
+        seventeen descriptors each are more than a process may have. Nobody may watch ``populated_fd`` meanwhile.
+        """
+        self._fds.rest()
+        self._dozing = True
+
+    def _wake(self) -> None:
+        if self._dozing:
+            self._dozing = False
+            self._fds.wake()
+            self._numbers.rebind()
 
     # Limits and counters
 
@@ -183,31 +186,53 @@ class Leaf:
 
     def begin(self) -> None:
         """Start counting from here: a new run."""
-        self._memory.begin()
-        self._pids.begin()
-        self._bandwidth.begin()
-        self._usage.begin()
+        self._wake()
+        self._memory.reset_peak()
+        self._numbers.refresh()
+        before = self._numbers.values()
+        self._reading = Reading(tuple(self._numbers.rows), before, self._memory.limit, self._pids_floor)
+        self._kills_before = self._memory.kills.last
+        self._cpu_before = self._usage.total.last
+        self._memory.oom_clear()
         self._begun = True
 
     def counters(self) -> Counters:
-        """All counters. CPU time of tasks that run at this moment may lag by a tick."""
-        total, user, system = self._usage.times_usec()
-        return Counters(
-            cpu_usec=total,
-            cpu_user_usec=user,
-            cpu_system_usec=system,
-            throttled_usec=self._bandwidth.throttled_usec(),
-            memory_peak_bytes=self._memory.peak(),
-            memory_current_bytes=self._memory.current(),
-            memory_limit_hits=self._memory.limit_hits(),
-            oom_kills=self._memory.oom_kills(),
-            pids_peak=self._pids.peak(),
-            pids_limit_hits=self._pids.limit_hits(),
-        )
+        """All counters since ``begin``. CPU time of tasks that run at this moment may lag by a tick."""
+        self._wake()
+        self._numbers.refresh()
+        return self.reading().counters(self._numbers.values())
+
+    def reading(self) -> Reading:
+        """How the counted numbers become counters; before ``begin``, since the leaf was made."""
+        if self._reading is None:
+            rows = tuple(self._numbers.rows)
+            return Reading(rows, (0,) * len(rows), self._memory.limit, self._pids_floor)
+        if self._reading.memory_limit != self._memory.limit:
+            self._reading = replace(self._reading, memory_limit=self._memory.limit)
+        return self._reading
+
+    def numbers(self) -> list[Number]:
+        """The counted numbers, with the leaf's own descriptors, in the order of ``reading``."""
+        self._wake()
+        return self._numbers.counted
 
     def cpu_usec(self) -> int:
         """CPU time since ``begin``: one read, for the engine's clock."""
-        return self._usage.usage_usec()
+        self._wake()
+        return (self._usage.total.now() - self._cpu_before) // self._usage.divisor
+
+    def memory_seen(self) -> int:
+        """Bytes charged when ``begin`` or ``counters`` last looked."""
+        return self._memory.current()
+
+    def tasks(self) -> int:
+        """Tasks in it now, zombies included: one read."""
+        self._wake()
+        return self._pids.current()
+
+    def pids(self) -> list[int]:
+        """The processes in it, as this process sees them. Raises OSError."""
+        return self._groups.of("pids").pids()
 
     # Out of memory
 
@@ -227,7 +252,8 @@ class Leaf:
 
     def oom_kills(self) -> int:
         """Tasks of this leaf killed by an OOM since ``begin``: one read. v1 leaves the others alive: kill them."""
-        return self._memory.oom_kills()
+        self._wake()
+        return self._memory.kills.now() - self._kills_before
 
     # Entering
 
@@ -237,11 +263,13 @@ class Leaf:
         The kernel judges by who opened the file, so the cell needs no right of its own; moving only itself skips the
         lock that makes a move by the engine cost milliseconds now and then. The leaf owns them.
         """
-        return list(self._entry_fds)
+        self._wake()
+        return [entry.fd for entry in self._entries]
 
     @property
     def clone_fd(self) -> int | None:
         """The directory for CLONE_INTO_CGROUP on v2 or the twin; None on a host without v2. The leaf owns it."""
+        self._wake()
         return None if self._life is None else self._life.fd
 
     def clone_owner(self, uid: int) -> None:
@@ -258,6 +286,7 @@ class Leaf:
 
     def is_empty(self) -> bool:
         """Whether no task is left in any hierarchy; a zombie counts until it is reaped (pids.current)."""
+        self._wake()
         if self._pids.current() or (self._life is not None and self._life.populated()):
             return False
         pids = self._groups.of("pids")
@@ -269,6 +298,7 @@ class Leaf:
 
         Note that ``is_empty`` does not read it while pids.current says that a task (or zombie) is there.
         """
+        self._wake()
         return None if self._life is None else self._life.events_fd()
 
     def freeze(self, on: bool) -> None:
@@ -279,6 +309,7 @@ class Leaf:
 
     def is_frozen(self) -> bool:
         """Whether every task is stopped."""
+        self._wake()
         return self._life is not None and self._life.frozen()
 
     def unthrottle(self) -> None:
@@ -291,6 +322,7 @@ class Leaf:
 
         Without v2: forking is stopped by pids.max 0 (``set_limits`` brings it back), then each is signalled.
         """
+        self._wake()
         if self._life is not None:
             self._life.kill()
         else:
@@ -303,15 +335,18 @@ class Leaf:
 
     def reusable(self) -> bool:
         """Whether another run may use this leaf: seen empty, memory back below 1 MiB, and the next run's peaks its own.
+        For a leaf whose pid namespace is known to be dead: of the v1 directories only that of pids is asked.
 
         The kernel resets no pids.peak, and memory.peak only since 6.12 (v1: always): if a peak is stained for good, the
         answer is False, and the slot needs a new leaf. If only memory is left, ``reclaim`` may help.
         """
+        self._wake()
+        if self._pids.current() or (self._life is not None and (self._life.populated() or self._life.frozen())):
+            return False  # a frozen one: the next cell would be born stopped
+        self._numbers.refresh()
         return (
-            self.is_empty()
-            and not self.is_frozen()  # the next cell would be born stopped
-            and (self._memory.peak_resettable or not self._begun)
-            and self._pids.peak_stays_exact()
+            (self._memory.peak_resettable or not self._begun)
+            and self._pids.peak() <= self._pids_floor
             and self._memory.current() < REUSE_BELOW_BYTES
         )
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 import errno
 import os
 import select
+from typing import TYPE_CHECKING
 
-from sandboxd.cgroup.files import Fds, Group, flat_keyed, pread_int, pread_text
+if TYPE_CHECKING:
+    from sandboxd.cgroup.files import Fds, Group
+    from sandboxd.cgroup.numbers import Numbers
 
 __all__ = [
     "Bandwidth",
@@ -77,61 +80,51 @@ class Notifier:
 
 
 class Memory:
-    """The memory files of one leaf. Values are bytes; counts are since ``begin``."""
+    """The memory files of one leaf. Values are bytes."""
 
-    def __init__(self, group: Group, fds: Fds) -> None:
+    limit = None  # meeting it is counted
+
+    def __init__(self, group: Group, fds: Fds, numbers: Numbers) -> None:
         self._group = group
         group.write("memory.oom.group", "1")
         if group.has(_SWAP_LIMIT):
             group.write(_SWAP_LIMIT, "0")
-        self._usage = fds.own(group.open("memory.current"))
-        self._events = fds.own(group.open("memory.events"))
-        self._kills_before = self._hits_before = 0
+        self._usage = numbers.add(fds.file(group, "memory.current"), "", "current")
+        events = fds.own(group.open("memory.events"))
+        self.kills = numbers.add(events, "oom_kill", "kills")
+        numbers.add(events, "max", "hits")
         self.peak_resettable = False
         try:
-            self._peak = fds.own(group.open("memory.peak", os.O_RDWR))
-            os.pwrite(self._peak, b"reset", 0)  # Linux 6.12; what later reads of this very descriptor start from
+            self._peak_fd = fds.own(group.open("memory.peak", os.O_RDWR))
+            os.pwrite(self._peak_fd, b"reset", 0)  # Linux 6.12; what later reads of this very descriptor start from
             self.peak_resettable = True
         except FileNotFoundError:
             raise
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EINVAL):
                 raise
-            self._peak = fds.own(group.open("memory.peak"))
-        self._notifier = Notifier(self._events, fds)
+            self._peak_fd = fds.own(group.open("memory.peak"))
+        numbers.add(self._peak_fd, "", "peak")
+        self._notifier = Notifier(events, fds)
         self.oom_fd = self._notifier.fd
 
     def set_limit(self, limit_bytes: int | None) -> None:
         self._group.write("memory.max", "max" if limit_bytes is None else str(limit_bytes))
 
-    def begin(self) -> None:
+    def reset_peak(self) -> None:
         if self.peak_resettable:
-            os.pwrite(self._peak, b"reset", 0)
-        events = self._read_events()
-        self._kills_before = events.get("oom_kill", 0)
-        self._hits_before = events.get("max", 0)
-
-    def _read_events(self) -> dict[str, int]:
-        return flat_keyed(pread_text(self._events))
+            os.pwrite(self._peak_fd, b"reset", 0)
 
     def oom_clear(self) -> None:
         self._notifier.clear()
 
-    def oom_kills(self) -> int:
-        return self._read_events().get("oom_kill", 0) - self._kills_before
-
-    def limit_hits(self) -> int:
-        return self._read_events().get("max", 0) - self._hits_before
-
-    def peak(self) -> int:
-        return pread_int(self._peak)
-
     def current(self) -> int:
-        return pread_int(self._usage)
+        """By the last reading."""
+        return self._usage.last
 
     def reclaim(self) -> None:
         try:
-            self._group.write("memory.reclaim", str(self.current()))  # Linux 5.19
+            self._group.write("memory.reclaim", str(self._usage.now()))  # Linux 5.19
         except OSError as error:
             # EAGAIN: it freed less than asked for, which is what one expects here.
             if error.errno not in (errno.EAGAIN, errno.EINTR, errno.ENOENT):
@@ -141,11 +134,10 @@ class Memory:
 class Bandwidth:
     """cpu.max and its neighbours of one leaf."""
 
-    def __init__(self, group: Group, fds: Fds) -> None:
+    def __init__(self, group: Group, fds: Fds, numbers: Numbers) -> None:
         self._group = group
-        self._stat = fds.own(group.open("cpu.stat"))
+        numbers.add(fds.file(group, "cpu.stat"), "throttled_usec", "throttled")
         self._burst = group.has("cpu.max.burst")  # Linux 5.14
-        self._throttled_before = 0
 
     def set_quota(self, quota_usec: int | None, period_usec: int) -> None:
         """At most *quota_usec* of CPU time in each *period_usec*, None for no limit. Raises OSError."""
@@ -155,67 +147,50 @@ class Bandwidth:
         if self._burst and quota_usec is not None:
             self._group.write("cpu.max.burst", str(quota_usec))
 
-    def begin(self) -> None:
-        self._throttled_before = self._throttled()
-
-    def _throttled(self) -> int:
-        return flat_keyed(pread_text(self._stat)).get("throttled_usec", 0)
-
-    def throttled_usec(self) -> int:
-        return self._throttled() - self._throttled_before
-
 
 class CpuUsage:
-    """CPU time from cpu.stat, which every v2 cgroup has, also without a controller."""
+    """CPU time from cpu.stat, which every v2 cgroup has, also without a controller. The kernel estimates the split."""
 
-    def __init__(self, group: Group, fds: Fds) -> None:
-        self._stat = fds.own(group.open("cpu.stat"))
-        self._before = (0, 0, 0)
-
-    def _read(self) -> tuple[int, int, int]:
-        stat = flat_keyed(pread_text(self._stat))
-        return stat["usage_usec"], stat["user_usec"], stat["system_usec"]
-
-    def begin(self) -> None:
-        self._before = self._read()
-
-    def usage_usec(self) -> int:
-        return self._read()[0] - self._before[0]
-
-    def times_usec(self) -> tuple[int, int, int]:
-        """Total, user and system time. The total is exact; how it splits is the kernel's estimate from ticks."""
-        # Scaled anew at every read, so one part may step back by a few microseconds: clamped.
-        total, user, _ = (now - before for now, before in zip(self._read(), self._before, strict=True))
-        user = min(max(user, 0), total)
-        return total, user, total - user
+    def __init__(self, group: Group, fds: Fds, numbers: Numbers) -> None:
+        stat = fds.file(group, "cpu.stat")
+        self.total = numbers.add(stat, "usage_usec", "cpu")
+        self.divisor = 1
+        numbers.add(stat, "user_usec", "user")
 
 
 class LifeCycle:
-    """Whether a v2 directory is populated, stopping and killing it. *fd*, O_PATH, is for CLONE_INTO_CGROUP."""
+    """Whether a v2 directory is populated, stopping and killing it. *fd* is for CLONE_INTO_CGROUP."""
 
-    def __init__(self, group: Group, fds: Fds) -> None:
+    def __init__(self, group: Group, fds: Fds, numbers: Numbers) -> None:
         self._group = group
         self._fds = fds
-        self.fd = fds.own(group.open(".", os.O_PATH | os.O_DIRECTORY))
-        self._events = fds.own(group.open("cgroup.events"))
-        self._kill = fds.own(group.open("cgroup.kill", os.O_WRONLY))  # Linux 5.14
+        self._directory = fds.file(group, ".", os.O_PATH | os.O_DIRECTORY)
+        self._events = fds.file(group, "cgroup.events")
+        self._populated = numbers.add(self._events, "populated")
+        self._frozen = numbers.add(self._events, "frozen")
+        self._kill = fds.file(group, "cgroup.kill", os.O_WRONLY)  # Linux 5.14
         self._notifier: Notifier | None = None
 
+    @property
+    def fd(self) -> int:
+        """The directory, O_PATH."""
+        return self._directory.fd
+
     def populated(self) -> bool:
-        return flat_keyed(pread_text(self._events))["populated"] != 0
+        return self._populated.now() != 0
 
     def frozen(self) -> bool:
-        return flat_keyed(pread_text(self._events))["frozen"] != 0
+        return self._frozen.now() != 0
 
     def events_fd(self) -> int:
         """Readable after a change of populated or frozen; ``populated`` and ``frozen`` clear it."""
         if self._notifier is None:
-            self._notifier = Notifier(self._events, self._fds)
+            self._notifier = Notifier(self._events.fd, self._fds)
         return self._notifier.fd
 
     def kill(self) -> None:
         """SIGKILL everything here and below, also what is being forked at this moment."""
-        os.write(self._kill, b"1")
+        os.write(self._kill.fd, b"1")
 
     def freeze(self, on: bool) -> None:
         self._group.write("cgroup.freeze", "1" if on else "0")
