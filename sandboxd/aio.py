@@ -42,9 +42,10 @@ class AsyncSandbox:
         max_running: int | None = None,
         memory_bytes: int | str | None = None,
         ids: str | None = None,
+        pool: Mapping[str, float] | None = None,
     ) -> None:
         self._start = lambda: Sandbox(
-            policy, limits=limits, max_running=max_running, memory_bytes=memory_bytes, ids=ids
+            policy, limits=limits, max_running=max_running, memory_bytes=memory_bytes, ids=ids, pool=pool
         )
         self._prepare()
 

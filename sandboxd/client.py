@@ -7,6 +7,7 @@ One connection serves one run at a time; idle ones are kept. So a run's packets 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import select
 import socket
@@ -14,18 +15,22 @@ import sys
 import threading
 import warnings
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable, from_plain, later
 from sandboxd.launcher import EngineProcess
 from sandboxd.limits import parse, shown
+from sandboxd.wire import check_args, check_code, check_env
 
 if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's process begins first
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from types import TracebackType
 
+    from sandboxd.direct import Direct, Offers
     from sandboxd.exchange import Exchange, FileContent, TextCallback
     from sandboxd.limits import LimitValue
     from sandboxd.policy import Limits, Policy
@@ -36,6 +41,8 @@ __all__ = ["Sandbox", "parse_address", "ps"]
 CANCEL_SECONDS: Final = 2.0
 IDLE_CONNECTIONS: Final = 16
 INTERRUPT_MILLISECONDS: Final = 200
+DESCRIPTORS: Final = 64
+"""Room for those of a lease."""
 
 
 def parse_address(address: str) -> str:
@@ -123,7 +130,9 @@ class Sandbox:
     ``Sandbox.connect(address)`` uses a daemon. *policy* is a name, the path of a TOML file or a Policy; *limits* are
     put over the policy's and, here, may be any: whoever makes an embedded Sandbox is its operator. *max_running* bounds
     the runs at once (default: 4 for each CPU), *memory_bytes* the engine with all its runs (a number or a size such as
-    "4G"; default: 80 % of what there is), *ids* names the range of host ids ("base:count").
+    "4G"; default: 80 % of what there is), *ids* names the range of host ids ("base:count"). *pool* bounds the cells
+    that are kept ready: ``minimum``, ``maximum`` (0 keeps none), ``memory_bytes``, ``age_seconds``, and how long a
+    zygote serves: ``zygote_cells``, ``zygote_seconds``.
 
     Raises PolicyError for a wrong policy, Unavailable when this host cannot enforce it.
     """
@@ -138,6 +147,7 @@ class Sandbox:
         max_running: int | None = None,
         memory_bytes: int | str | None = None,
         ids: str | None = None,
+        pool: Mapping[str, float] | None = None,
         audit: str | Path | None = None,
         _walls_down: Sequence[str] = (),
         _marker_errno: int | None = None,
@@ -149,6 +159,8 @@ class Sandbox:
         _check_limits(limits)
         memory_bytes = _checked_memory(memory_bytes)
         _check_count("max_running", max_running)
+        if pool is not None and not isinstance(pool, Mapping):
+            raise PolicyError(f"pool must map settings to numbers, not {shown(pool)}.", key="pool")
         if ids is not None and not isinstance(ids, str):
             raise PolicyError(f'ids must be a string like "1879048192:65536", not {shown(ids)}.', key="ids")
         # The engine comes up while this process imports pydantic and reads the policy.
@@ -159,6 +171,7 @@ class Sandbox:
                     "max_running": max_running,
                     "memory_bytes": memory_bytes,
                     "ids": ids,
+                    "pool": None if pool is None else dict(pool),
                     "walls_down": list(_walls_down),
                     "marker_errno": _marker_errno,
                 }
@@ -202,6 +215,8 @@ class Sandbox:
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
         self._busy: set[socket.socket] = set()
+        self._offers: dict[socket.socket, Offers] = {}
+        self._direct: Any = None
         _alive.add(self)
 
     # Runs
@@ -230,6 +245,11 @@ class Sandbox:
         Raises InvalidRequest or PolicyError for a wrong argument, Busy when the engine was full, Unavailable when a
         wall could not be raised, ConnectionLost when the engine went away, RuntimeError on a closed Sandbox.
         """
+        plain = files is None and stdin is None and limits is None and on_stdout is None and on_stderr is None
+        if plain and self._offers and filename == "main.py" and language == "python":
+            result = self._run_directly(code, args, env, results)
+            if result is not None:
+                return result
         exchange = self._exchange(
             code,
             language=language,
@@ -296,8 +316,11 @@ class Sandbox:
     def _drive(self, sock: socket.socket, exchange: Exchange, fresh: bool, cancel: Cancel | None) -> Result:
         # When the other side has closed, what it said before is still there and may say why.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            if fresh and self._engine is not None:
+                self._direct = importlib.import_module("sandboxd.direct")
+                self._offers[sock] = self._direct.Offers()
             if fresh:
-                protocol.send(sock, protocol.hello())
+                protocol.send(sock, protocol.hello(direct=self._engine is not None))
             buffers, fd = exchange.packet()
             try:
                 protocol.send_packed(sock, buffers, fd)
@@ -313,9 +336,119 @@ class Sandbox:
             if cancel is not None:
                 cancel.watch(None)
 
-    @staticmethod
-    def _answer(sock: socket.socket, exchange: Exchange) -> Result:
+    def _run_directly(
+        self, code: object, args: Sequence[str], env: Mapping[str, str] | None, results: bool
+    ) -> Result | None:
+        """Run it in a cell that the engine lent to this process; None when there is none, or it is not for one."""
+        direct = self._direct
+        if type(code) is not str or len(code) > direct.SOURCE_BYTES or type(results) is not bool:
+            return None
+        source = check_code(code).encode()
+        # What is odd is told by the ordinary way.
+        if len(source) > direct.SOURCE_BYTES or type(args) not in (list, tuple) or type(env) not in (dict, NoneType):
+            return None
+        words = check_args(args) if args else ()
+        names = check_env(env or {}, words) if env or words else {}
+        self._check_open()
+        message = direct.message_of(code, words, names, results)
+        if len(message) > direct.MESSAGE_BYTES:
+            return None
+        with self._lock:
+            sock = self._lent()
+            if sock is None:
+                return None
+            self._idle.remove(sock)
+            self._busy.add(sock)
+        sock.setblocking(True)
+        keep = False
+        try:
+            try:
+                lease = self._lease(sock)
+            except ProtocolError:  # no room for its descriptors, for one: another connection, the ordinary way
+                return None
+            result = None
+            if lease is not None:
+                try:
+                    lease.start(source, message)
+                    result = lease.finish(sock) or self._carried_on(sock, code, args, env, results)
+                finally:
+                    lease.close()
+            keep = True
+            return result
+        except OSError:
+            self._check_open()
+            raise ConnectionLost(True) from None
+        except SandboxError as error:
+            keep = not isinstance(error, ConnectionLost | ProtocolError)
+            self._check_open()
+            raise
+        except BaseException:
+            _cancel(sock)
+            raise
+        finally:
+            self._settle(sock, keep=keep)
+
+    def _lent(self) -> socket.socket | None:
+        """The idle connection that has a lease, or was sent something that may be one. Under the lock."""
+        waiting = [sock for sock in reversed(self._idle) if sock in self._offers]
+        for sock in waiting:
+            if self._offers[sock].lease is not None:
+                return sock
+        if not waiting:
+            return None
+        poll = select.poll()
+        for sock in waiting:
+            poll.register(sock, select.POLLIN)
+        spoken = {fd for fd, _ in poll.poll(0)}
+        return next((sock for sock in waiting if sock.fileno() in spoken), None)
+
+    def _lease(self, sock: socket.socket) -> Direct | None:
+        """What *sock* was lent; also what has come since its last run. Raises OSError, ProtocolError."""
+        offers = self._offers[sock]
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet = protocol.receive(sock, socket.MSG_DONTWAIT, descriptors=DESCRIPTORS)
+                if packet is None:
+                    return None  # the engine is gone, or has hung up: the ordinary way tells
+                if not self._noted(sock, packet):
+                    packet.close()
+                    raise ProtocolError("The engine spoke while nothing ran.")
+        offers.used, offers.lease = offers.lease, None
+        return offers.used
+
+    def _carried_on(self, sock: socket.socket, code: str, args: Any, env: Any, results: bool) -> Result | None:
+        """The engine's answer to a run that it has taken over; None when its cell was dead before it began."""
+        nothing: dict[str, Any] = {"limits": None, "files": None, "stdin": None, "on_stdout": None, "on_stderr": None}
+        exchange = self._exchange(
+            code, language="python", args=args, env=env, filename="main.py", results=results, **nothing
+        )
+        exchange.sent = True
+        try:
+            return self._answer(sock, exchange)
+        except Revoked:
+            return None
+
+    def _noted(self, sock: socket.socket, packet: protocol.Packet) -> bool:
+        """Whether *packet* was about a lease, which is for the next run."""
+        operation = packet.message.get("op")
+        if operation not in ("lease", "revoked"):
+            return False
+        offers = self._offers.get(sock)
+        if offers is None:
+            return False
+        if operation == "lease":
+            fds, packet.fds = packet.fds, []
+            offers.take(packet.message, fds)
+        else:
+            offers.revoke(packet.message.get("lease"))
+        return True
+
+    def _answer(self, sock: socket.socket, exchange: Exchange) -> Result:
         while (packet := _receive(sock)) is not None:
+            if self._noted(sock, packet):
+                if packet.message["op"] == "revoked" and packet.message.get("taken") is True:
+                    raise Revoked
+                continue
             if exchange.feed(packet):
                 assert exchange.result is not None  # noqa: S101 (feed's promise)
                 return exchange.result
@@ -343,7 +476,7 @@ class Sandbox:
         with self._lock:
             idle, self._idle = self._idle, []
         for sock in idle:
-            sock.close()
+            self._discard(sock)
 
     @staticmethod
     def _greeted(sock: socket.socket) -> socket.socket:
@@ -371,6 +504,12 @@ class Sandbox:
             if len(self._idle) < IDLE_CONNECTIONS and not self._forked:
                 self._idle.append(sock)
                 return
+        self._discard(sock)
+
+    def _discard(self, sock: socket.socket) -> None:
+        offers = self._offers.pop(sock, None)
+        if offers is not None:
+            offers.close()
         sock.close()
 
     def _settle(self, sock: socket.socket, keep: bool) -> None:
@@ -379,7 +518,7 @@ class Sandbox:
             return
         with self._lock:
             self._busy.discard(sock)
-        sock.close()
+        self._discard(sock)
 
     # End
 
@@ -412,7 +551,7 @@ class Sandbox:
         self._closed = self._forked = True
         self._lock = threading.Lock()
         for sock in [*self._idle, *self._busy]:
-            sock.close()
+            self._discard(sock)
         self._idle, self._busy = [], set()
         if self._engine is not None:
             self._engine.abandon()
@@ -447,9 +586,13 @@ def _receive(sock: socket.socket) -> protocol.Packet | None:
     while not waiting.poll(INTERRUPT_MILLISECONDS):
         continue
     try:
-        return protocol.receive(sock)
+        return protocol.receive(sock, descriptors=DESCRIPTORS)
     except ConnectionResetError:
-        return protocol.receive(sock)
+        return protocol.receive(sock, descriptors=DESCRIPTORS)
+
+
+class Revoked(Exception):
+    """A lease was over before the program came: it runs as any other."""
 
 
 def _cancel(sock: socket.socket) -> None:
@@ -457,7 +600,7 @@ def _cancel(sock: socket.socket) -> None:
     with contextlib.suppress(OSError, SandboxError):
         sock.settimeout(CANCEL_SECONDS)
         protocol.send(sock, protocol.CANCEL)
-        while (packet := protocol.receive(sock)) is not None:
+        while (packet := protocol.receive(sock, descriptors=DESCRIPTORS)) is not None:
             packet.close()
             if packet.message.get("op") in ("result", "refused"):
                 return

@@ -50,8 +50,8 @@ CLIENTS_SHARE: Final = 4
 """One uid may have this part of max_clients."""
 PAUSE_SECONDS: Final = 0.1
 CLOSE_SECONDS: Final = 2.0
-_ENGINE_KEYS: Final = ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "ids")
-_LATER: Final = ("pool", "audit")
+_ENGINE_KEYS: Final = ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "ids", "pool")
+_LATER: Final = ("audit",)
 _UCRED: Final = struct.Struct("=iII")
 
 

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
-from sandboxd.limits import LimitValue, narrow
-from sandboxd.request import RunRequest
+from sandboxd.limits import LimitValue, narrow, shown
+from sandboxd.request import check_limits, check_stdin
 from sandboxd.result import Result
+from sandboxd.wire import check_args, check_code, check_env, check_filename, check_files, check_language
 
 if TYPE_CHECKING:
     from sandboxd.policy import Limits
@@ -56,7 +57,8 @@ def _mapping(field: str, given: object, what: str) -> None:
 
 
 def _arguments(args: object) -> list[Any]:
-    if isinstance(args, str | bytes | bytearray) or not isinstance(args, Iterable):  # a str would become its letters
+    # A str would become its letters, a mapping its keys.
+    if isinstance(args, str | bytes | bytearray | Mapping) or not isinstance(args, Iterable):
         raise InvalidRequest("args", f"it must be a list of str, not {type(args).__name__}")
     return list(args)
 
@@ -86,28 +88,34 @@ class Exchange:
         for field, callback in (("on_stdout", on_stdout), ("on_stderr", on_stderr)):
             if callback is not None and not callable(callback):
                 raise InvalidRequest(field, f"it must be a function of one str, not {type(callback).__name__}")
-        words = _arguments(args)
+        words = check_args(_arguments(args))
         contents = {path: _content(path, content) for path, content in (files or {}).items()}
-        request = RunRequest(
-            code=code,
-            language=language,
-            filename=filename,
-            args=words,
-            env=dict(env or {}),
-            files={path: len(content) for path, content in contents.items()},
-            stdin=stdin.encode() if isinstance(stdin, str) else stdin,
-            limits=limits,
-            results=results,
-            stream=on_stdout is not None or on_stderr is not None,
-        )
-        header = request.header()
+        text = check_code(code)
+        if results is not True and results is not False:
+            raise InvalidRequest("results", f"{shown(results)} is not allowed; it must be true or false")
+        given = check_stdin(stdin.encode() if isinstance(stdin, str) else stdin)
+        check_limits(limits)
+        self.source = text.encode()
+        header: dict[str, Any] = {
+            "code_bytes": len(self.source),
+            "stdin_bytes": None if given is None else len(given),
+            "files": [[path, size] for path, size in check_files((p, len(c)) for p, c in contents.items())],
+            "args": list(words),
+            "env": check_env(dict(env or {}), words),
+            "limits": {} if limits is None else limits.plain(),
+            "language": check_language(language),
+            "filename": check_filename(filename),
+            "stream": on_stdout is not None or on_stderr is not None,
+            "results": results,
+        }
         asked = header["limits"]
         if base_limits:
             # The handle's own limits bind its runs; the engine compares the outcome with the policy's.
             narrow({**dict.fromkeys(asked), **base_limits}, asked)
             header["limits"] = {**base_limits, **asked}
         self._message = {"op": "run", "policy": policy, "run": header}
-        self._payload: list[Buffer] = [request.lead(), *contents.values()]
+        self.request = header
+        self._payload: list[Buffer] = [self.source, given or b"", *contents.values()]
         self._callbacks = {1: on_stdout, 2: on_stderr}
         self._decoders = {number: codecs.getincrementaldecoder("utf-8")("replace") for number in (1, 2)}
         self._queued = False

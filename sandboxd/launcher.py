@@ -80,6 +80,7 @@ class EngineProcess:
                 protocol.send(control, {"op": "policy", "policy": policy})
             # What the first run needs is imported while the engine proves its first cell.
             importlib.import_module("sandboxd.exchange")
+            importlib.import_module("sandboxd.direct")
             try:
                 answer = protocol.receive(control)
             except ConnectionResetError:  # it left our packet unread, which is told once, and before what it had said

@@ -23,7 +23,7 @@ import socket
 import struct
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.errors import ProtocolError
@@ -52,17 +52,24 @@ VERSION: Final = 1
 MAGIC: Final = b"SBXD"
 _HEAD: Final = struct.Struct("<4sBBHIQ")  # magic, version, flags, zero, JSON bytes, payload bytes
 _IN_MEMFD: Final = 1
+_WITH_FDS: Final = 2  # of an engine to its own caller: descriptors come along
 
 INLINE_BYTES: Final = 64 << 10  # well below net.core.wmem_default, the largest packet that can be sent
 JSON_BYTES: Final = 8 << 20
 JSON_DEPTH: Final = 32
 JSON_VALUES: Final = 500_000  # 100,000 files are 300,000
 PAYLOAD_BYTES: Final = 4 << 30
+LEAVES: Final = 8
+"""Cgroup leaves whose descriptors a caller of an embedded engine keeps; with one more it forgets them all."""
 CLOSING_MAX: Final = 512
 """Descriptors of one owner that are still being closed; with more, its packets should not be taken any more."""
 _CLOSERS: Final = 16
 _LARGE_BYTES: Final = 8 << 20  # a memfd whose pages take a millisecond to be given back
 _RIGHTS_ROOM: Final = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD: what has no room, the kernel would close in this thread
+
+_LEASE: Final = struct.Struct("<4s16sII24q")  # magic, identity, leaf, count, the leaf's numbers at the start
+_LEASE_MAGIC: Final = b"SBXL"
+_NUMBERS: Final = 24
 
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -85,9 +92,10 @@ REQUESTS: Final = Bounds(1 << 20, 40_000, 160_000)
 """Of a client that is not trusted: some 13,000 files, judged in about 20 ms."""
 
 
-def hello() -> dict[str, Any]:
-    """A client's first packet on a connection."""
-    return {"op": "hello", "version": VERSION, "client": "sandboxd-python"}
+def hello(direct: bool = False) -> dict[str, Any]:
+    """A client's first packet on a connection; *direct*: it would hold cells itself, if it is the engine's caller."""
+    found = {"op": "hello", "version": VERSION, "client": "sandboxd-python"}
+    return {**found, "direct": True} if direct else found
 
 
 @dataclass(slots=True)
@@ -101,12 +109,16 @@ class Packet:
     payload_bytes: int
     text_bytes: int = 0
     """Length of the message as JSON."""
+    fds: list[int] = field(default_factory=list)
+    """Descriptors that came along; whoever empties the list owns them."""
 
     def close(self) -> None:
-        """Close a descriptor that nobody took."""
+        """Close descriptors that nobody took."""
         payload, self.payload = self.payload, b""
         if isinstance(payload, int):
             os.close(payload)
+        while self.fds:
+            os.close(self.fds.pop())
 
     def take_bytes(self) -> Buffer:
         """The payload as a buffer: a read-only mapping when it came in a memfd. The descriptor is closed."""
@@ -143,7 +155,7 @@ def pack(
     *payload* is one or more buffers. *filled* is instead an unsealed memfd that already holds the payload; it becomes
     this packet's.
     """
-    text = json.dumps(message, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")
+    text = _ENCODER.encode(message).encode("utf-8", "replace")
     size = os.fstat(filled).st_size if filled is not None else sum(len(part) for part in payload)
     if len(text) > JSON_BYTES or size > PAYLOAD_BYTES:
         if filled is not None:
@@ -165,6 +177,20 @@ def pack(
     return [_HEAD.pack(MAGIC, VERSION, _IN_MEMFD, 0, len(text), size)], fd
 
 
+def with_descriptors(message: dict[str, Any]) -> bytes:
+    """A packet that descriptors go along with; of an engine to its own caller. Raises ProtocolError when it is long."""
+    text = _ENCODER.encode(message).encode()
+    if len(text) > INLINE_BYTES:
+        raise ProtocolError("A message with descriptors is too long.")
+    return _HEAD.pack(MAGIC, VERSION, _WITH_FDS, 0, len(text), 0) + text
+
+
+def lease(identity: str, leaf: int, before: Sequence[int]) -> bytes:
+    """A lease in a leaf that its caller knows already, as short as can be: a request has to read it."""
+    numbers = (*before, *(0,) * (_NUMBERS - len(before)))
+    return _LEASE.pack(_LEASE_MAGIC, identity.encode("ascii"), leaf, len(before), *numbers)
+
+
 def send(sock: socket.socket, message: dict[str, Any], payload: Sequence[Buffer] = ()) -> None:
     """Send one packet. Raises OSError as sendmsg(2) does, BlockingIOError on a full non-blocking socket."""
     buffers, fd = pack(message, payload)
@@ -182,9 +208,16 @@ def send_packed(sock: socket.socket, buffers: Sequence[Buffer], fd: int) -> None
 
 
 def receive(
-    sock: socket.socket, flags: int = 0, *, inline: bool = False, bounds: Bounds = ANYTHING, owner: object = None
+    sock: socket.socket,
+    flags: int = 0,
+    *,
+    inline: bool = False,
+    bounds: Bounds = ANYTHING,
+    owner: object = None,
+    descriptors: int = 0,
 ) -> Packet | None:
     """One packet, or None at the end of the connection. With *inline* one in a memfd is refused before it is looked at.
+    Up to *descriptors* may come along with a packet that says so.
     Descriptors that are no packet's are closed on *owner*'s account, see ``closing``.
 
     Raises ProtocolError for anything that is not a packet, BlockingIOError when none is there on a non-blocking socket.
@@ -202,7 +235,7 @@ def receive(
             return None
         if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ProtocolError("A packet is longer than the protocol allows.")
-        return _parse(data, fds, inline, bounds)
+        return _parse(data, fds, inline, bounds, descriptors)
     except BaseException:
         for fd in fds:
             _dispose(fd, owner)
@@ -313,18 +346,26 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def _parse(data: bytes, fds: list[int], inline: bool, bounds: Bounds) -> Packet:
+def _parse(data: bytes, fds: list[int], inline: bool, bounds: Bounds, descriptors: int) -> Packet:
     if len(data) < _HEAD.size:
         raise ProtocolError("A packet is too short to be one.")
+    if descriptors and len(data) == _LEASE.size and data.startswith(_LEASE_MAGIC):
+        _, identity, leaf, count, *numbers = _LEASE.unpack(data)
+        message = {"op": "lease", "lease": identity.decode("ascii"), "leaf": leaf, "before": numbers[:count]}
+        return Packet(message, b"", 0, len(data), fds)
     magic, version, flags, zero, text_bytes, payload_bytes = _HEAD.unpack_from(data)
     if magic != MAGIC:
         raise ProtocolError("The other side does not speak sandboxd's protocol.")
     if version != VERSION:
         raise ProtocolError(f"The other side speaks version {version} of the protocol; this side speaks {VERSION}.")
-    if flags not in (0, _IN_MEMFD) or zero or payload_bytes > PAYLOAD_BYTES:
+    if flags not in (0, _IN_MEMFD, _WITH_FDS if descriptors else 0) or zero or payload_bytes > PAYLOAD_BYTES:
         raise ProtocolError("A packet's head is out of bounds.")
     if text_bytes > bounds.text_bytes:
         raise ProtocolError(f"A message is longer than {bounds.text_bytes:,} bytes: its head is out of bounds.")
+    if flags == _WITH_FDS:
+        if len(fds) > descriptors or len(data) != _HEAD.size + text_bytes + payload_bytes or payload_bytes:
+            raise ProtocolError("A packet's lengths do not add up.")
+        return Packet(loads(data[_HEAD.size :], bounds), b"", 0, text_bytes, fds)
     if flags == 0:
         if fds or len(data) != _HEAD.size + text_bytes + payload_bytes:
             raise ProtocolError("A packet's lengths do not add up.")
@@ -359,6 +400,9 @@ def _no_constant(name: str) -> Any:
     raise ProtocolError(f"A message holds {name}, which is not JSON.")
 
 
+_DECODER: Final = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
 # Possessive (Python 3.11) and never without a match at a quote: linear, whatever it reads.
 _STRING: Final = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
@@ -390,7 +434,7 @@ def loads(data: bytes, bounds: Bounds = ANYTHING) -> dict[str, Any]:
     _check_shape(data, bounds)
     try:
         # Decoded here: json would also take UTF-16, whose brackets and quotes were not seen above.
-        found = json.loads(str(data, "utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = _DECODER.decode(str(data, "utf-8"))
     except ProtocolError:
         raise
     except (ValueError, RecursionError) as error:

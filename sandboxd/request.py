@@ -16,7 +16,7 @@ from sandboxd.limits import shown
 from sandboxd.policy import Limits
 from sandboxd.wire import check_guest_path
 
-__all__ = ["RunRequest", "check_guest_path"]
+__all__ = ["RunRequest", "check_guest_path", "check_limits", "check_stdin"]
 
 
 def _sizes(files: object) -> dict[str, int]:
@@ -25,7 +25,8 @@ def _sizes(files: object) -> dict[str, int]:
     return dict(wire.check_files(cast("dict[object, object]", files).items()))
 
 
-def _stdin(stdin: object) -> bytes | None:
+def check_stdin(stdin: object) -> bytes | None:
+    """What the program reads; None is empty input. Raises InvalidRequest."""
     if stdin is None or isinstance(stdin, bytes):
         return stdin
     if isinstance(stdin, bytearray | memoryview):
@@ -33,7 +34,8 @@ def _stdin(stdin: object) -> bytes | None:
     raise InvalidRequest("stdin", f"it must be bytes or None, not {type(stdin).__name__}")
 
 
-def _limits(limits: object) -> object:
+def check_limits(limits: object) -> object:
+    """Limits or None. Raises InvalidRequest."""
     if limits is None or isinstance(limits, Limits):
         return limits
     raise InvalidRequest("limits", f"it must be sandboxd.Limits or None, not {type(limits).__name__}")
@@ -56,8 +58,8 @@ class RunRequest(BaseModel):
     args: Annotated[tuple[str, ...] | list[str], PlainValidator(wire.check_args)] = ()
     env: Annotated[dict[str, str], PlainValidator(wire.check_env)] = {}
     files: Annotated[dict[str, int], PlainValidator(_sizes)] = {}
-    stdin: Annotated[bytes | None, PlainValidator(_stdin)] = None
-    limits: Annotated[Limits | None, BeforeValidator(_limits)] = None
+    stdin: Annotated[bytes | None, PlainValidator(check_stdin)] = None
+    limits: Annotated[Limits | None, BeforeValidator(check_limits)] = None
     results: bool = False
     stream: bool = False
 

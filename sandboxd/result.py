@@ -14,7 +14,7 @@ import os
 import secrets
 import stat
 import threading
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -23,7 +23,7 @@ from sandboxd.limits import shown
 from sandboxd.wire import check_guest_path
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -41,6 +41,7 @@ __all__ = [
     "Usage",
 ]
 
+_Model = TypeVar("_Model", bound=BaseModel)
 Payload = bytes | bytearray | memoryview | mmap.mmap | int
 
 # Strict, so that a forged answer is refused and nothing is converted; extra keys are refused for the same reason.
@@ -351,6 +352,23 @@ class Result(BaseModel):
             file._contents, file._offset = contents, offset  # pyright: ignore[reportPrivateUsage]  one module
         return result
 
+    @classmethod
+    def assembled(cls, header: Mapping[str, Any], texts: Sequence[bytes], isolation: Isolation) -> Self:
+        """The Result of a run without files that this process has judged itself, from the parts of ``from_wire``: they
+        were checked when they were made, and are not once more.
+        """
+        body = dict(header)
+        for stream, text in zip(("stdout", "stderr"), texts, strict=True):
+            body[stream] = str(text, "utf-8", "replace")
+        if body["error"] is not None:
+            body["error"] = _made(ProgramError, body["error"])
+        body["results"] = [_made(RichResult, one) for one in body["results"]]
+        body["limits_hit"] = [LimitHit.model_validate(one) for one in body["limits_hit"]]
+        body["usage"] = _made(Usage, body["usage"])
+        body["timings"] = _made(Timings, body["timings"])
+        body["isolation"] = isolation
+        return _made(cls, body)
+
     def to_dict(self) -> dict[str, Any]:
         """The Result as the public JSON object; ``files`` without their contents."""
         return self.model_dump()
@@ -383,6 +401,18 @@ class Result(BaseModel):
         return f"Result({', '.join(parts)})"
 
     __str__ = __repr__
+
+
+def _made(kind: type[_Model], fields: dict[str, Any]) -> _Model:
+    """A model of *fields*, all of them as they are: what ``model_construct`` does, without asking each for a default.
+    Source: pydantic.BaseModel, class attributes.
+    """
+    made = kind.__new__(kind)
+    object.__setattr__(made, "__dict__", fields)
+    object.__setattr__(made, "__pydantic_fields_set__", set(fields))
+    object.__setattr__(made, "__pydantic_extra__", None)
+    object.__setattr__(made, "__pydantic_private__", {"_contents": _GONE} if kind is Result else None)
+    return made
 
 
 def _span(offset: object, size: object, total: int) -> tuple[int, int]:

@@ -10,14 +10,14 @@ Theory of operation
             |               (native/cell.c)
             `-- init: pid 1 of one cell's namespaces, no capabilities, no descriptors, asleep
 
-    channel to the nursery: struct sbx_init_request / sbx_init_reply with nine descriptors
-    channel to the zygote:  config and filter, its ready message, then struct sbx_cell_request / sbx_cell_reply
+    channel to the nursery: one struct sbx_make_request for each cell; back come MADE with seven descriptors, or
+                            REFUSED, and DEAD when the init, and so the pid namespace, is gone (native/sandboxd.h)
+    channel to the zygote:  config and filters, its ready message; then nothing goes there any more. From it come
+                            EXITED for each cell that was forked, and REFUSED for one that could not be
     log: a pipe that both have as stdout and stderr; its last bytes explain a death
 
-Who reaps whom: the nursery its zygote and its inits, the zygote its cells (when the engine asks), the engine the
-nursery. A cell's pid namespace is dead only when the zygote has reaped the cell: kill the init, wait for the cell's
-pidfd, REAP, wait for the init's pidfd. Requests and replies are in order on both channels, so a queue of futures
-matches them.
+The nursery hands each init on to the zygote itself: the engine asks once and is told twice. Who reaps whom: the nursery
+its zygote and its inits, the zygote its cells, the engine the nursery. Nobody but the engine kills: the init's pidfd.
 """
 
 from __future__ import annotations
@@ -32,43 +32,56 @@ import os
 import signal
 import socket
 import struct
+import time
 from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sandboxd import native, rootfs
 from sandboxd._native import ffi, lib
 from sandboxd.errors import Unavailable
 from sandboxd.stages import Stage, unavailable
-from sandboxd.waiting import readable
+from sandboxd.waiting import readable, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from sandboxd.cgroup import Instance
     from sandboxd.ids import IdBlock
     from sandboxd.interpreter import Interpreter
+    from sandboxd.seccomp import Layers
 
-__all__ = ["CellProcess", "Init", "InitSizes", "Zygote", "ZygoteBody", "ZygoteConfig", "ZygoteLost"]
+__all__ = [
+    "CellFds",
+    "CellPlan",
+    "Entry",
+    "Hears",
+    "InitSizes",
+    "Zygote",
+    "ZygoteBody",
+    "ZygoteConfig",
+    "ZygoteLost",
+]
 
 log = logging.getLogger("sandboxd.engine")
-
-_T = TypeVar("_T")
 
 INSIDE: Final = Path(__file__).resolve().parent / "inside"
 READY_SECONDS: Final = 120.0  # imports of a large stack on a cold disk
 SPAWN_SECONDS: Final = 60.0  # a bind of a tree on a network file system may take its time
 LOG_BYTES: Final = 8192
 
-_INIT_REQUEST: Final = struct.Struct("=IIQQQQQQQ")
-_INIT_REPLY: Final = struct.Struct("=IIiI")
-_INIT_FDS: Final = 9
-_CELL_REQUEST: Final = struct.Struct("=IIiIIIII" + "IIQQ" * 16)
-_CELL_REPLY: Final = struct.Struct("=IIiiiIiI")
-_HELLO: Final = struct.Struct("=4sIiI")
-_FORK, _REAP = 1, 2
+_HEAD: Final = struct.Struct("=II")
+_SIZES: Final = struct.Struct("=QQQQQQQ")
+_CELL: Final = struct.Struct("=IIIIII")
+_RLIMIT: Final = struct.Struct("=IIQQ")
+_RLIMITS: Final = 16
+_EVENT: Final = struct.Struct("=IIiiIiI")
+_MADE, _REFUSED, _DEAD, _EXITED = 1, 2, 3, 4
+_MADE_FDS: Final = 7
+_EVENT_FDS: Final = 8
+_BATCH: Final = 32
 _REPORT: Final = struct.Struct("=IiI")
 _KEPT: Final = {
     1: "a session keyring of its own (a filter around the engine refuses keyctl)",
@@ -121,10 +134,14 @@ class ZygoteConfig:
 
     preload: Sequence[str]
     warmup: str
-    filter_program: bytes
+    filters: Layers
     landlock_abi: int
     """The lowest ABI that will do; 0 goes without."""
     walls_down: frozenset[int] = frozenset()
+    rehearsal: bool = True
+    """Whether a parked cell goes through the warm-up once more, so that its pages are its own."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """For measurements: what else the zygote is told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,19 +157,56 @@ class InitSizes:
     code_bytes: int
 
 
-@dataclass(slots=True)
-class Init:
-    """One init and what came with it; every descriptor is the holder's. -1 is closed or handed on."""
+class CellPlan:
+    """What is the same for all cells of the same limits, as the nursery and the zygote read it."""
 
-    pidfd: int
+    __slots__ = ("_nlimits", "_rlimits", "_sizes")
+
+    def __init__(self, sizes: InitSizes, rlimits: Sequence[tuple[int, int, int]]) -> None:
+        """*rlimits*: (resource, soft, hard) of setrlimit(2), at most 16."""
+        self._sizes = _SIZES.pack(
+            sizes.workspace_bytes,
+            sizes.workspace_files,
+            sizes.tmp_bytes,
+            sizes.tmp_files,
+            sizes.shm_bytes,
+            sizes.shm_files,
+            sizes.code_bytes,
+        )
+        self._nlimits = len(rlimits)
+        packed = b"".join(_RLIMIT.pack(which, 0, soft, hard) for which, soft, hard in rlimits)
+        self._rlimits = packed.ljust(_RLIMITS * _RLIMIT.size, b"\0")
+
+    def request(self, identity: int, slot: int, guest_id: int, entry: Entry, hurry: bool) -> bytes:
+        """A struct sbx_make_request."""
+        cell = _CELL.pack(guest_id, entry.has_cgroup, entry.count - entry.has_cgroup, self._nlimits, hurry, 0)
+        return b"".join((_HEAD.pack(identity, slot), self._sizes, cell, self._rlimits))
+
+
+class Entry:
+    """The descriptors by which a cell enters its leaf, as C takes them; they stay the leaf's."""
+
+    __slots__ = ("count", "fds", "has_cgroup")
+
+    def __init__(self, clone_fd: int | None, entry_fds: Sequence[int]) -> None:
+        numbers = [*([] if clone_fd is None else [clone_fd]), *entry_fds]
+        self.has_cgroup = clone_fd is not None
+        self.count = len(numbers)
+        self.fds = ffi.new("int[]", numbers)
+
+
+@dataclass(slots=True)
+class CellFds:
+    """What the engine holds of one cell; every descriptor is the holder's. -1 is closed or handed on."""
+
+    init: int
+    """pidfd: killing it ends everything of the cell."""
     workspace: int
     code: int
-    stdin_read: int
-    stdin_write: int
-    stdout_read: int
-    stdout_write: int
-    stderr_read: int
-    stderr_write: int
+    stdin: int
+    stdout: int
+    stderr: int
+    channel: int
 
     def close(self, *names: str) -> None:
         """Close the named descriptors, or all."""
@@ -163,12 +217,29 @@ class Init:
                 os.close(fd)
 
 
-@dataclass(slots=True)
-class CellProcess:
-    """A cell's first process: *pid* as the zygote knows it (for ``reap``), *pidfd* the holder's."""
+class Hears(Protocol):
+    """Who asked for a cell, and is told what becomes of it. Exactly one of ``made`` and ``not_made`` comes; after
+    ``made`` one of ``exited`` and ``not_forked``, and then ``dead``, when nothing of it lives; or ``lost``, after
+    which nothing comes and nothing lives.
+    """
 
-    pid: int
-    pidfd: int
+    def made(self, fds: CellFds) -> None:
+        """The init lives; the zygote is forking the cell."""
+
+    def not_made(self, refusal: Unavailable) -> None:
+        """A step of the init was refused; nothing is left of it."""
+
+    def not_forked(self, refusal: Unavailable) -> None:
+        """There is an init, but no cell in it."""
+
+    def exited(self, code: int, status: int) -> None:
+        """The cell's first process ended: si_code and si_status of waitid(2)."""
+
+    def dead(self) -> None:
+        """The pid namespace is gone with all that was in it."""
+
+    def lost(self) -> None:
+        """The zygote and its nursery are dead, and with them every cell."""
 
 
 class Zygote:
@@ -198,12 +269,22 @@ class Zygote:
         self._log = log
         self._said = b""
         self._loop = asyncio.get_running_loop()
-        self._inits: deque[asyncio.Future[Init]] = deque()
-        self._cells: deque[asyncio.Future[tuple[tuple[int, ...], int]]] = deque()
+        self._cells: dict[int, Hears] = {}
+        self._half: set[int] = set()
+        self._unsent: deque[tuple[bytes, Entry]] = deque()
         self._ready: asyncio.Future[dict[str, Any]] | None = None
-        self._next_id = 0
-        self._on_lost: list[Callable[[], None]] = []
+        self._answered = False
+        self.made = 0
+        self.born = time.monotonic()
+        self.image = ""
+        self._gone: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
+        for end in (nursery, zygote):
+            end.setblocking(False)
+        self._event = ffi.new("char[]", _EVENT.size)
+        self._event_bytes = ffi.buffer(self._event)
+        self._fds = ffi.new("int[]", _EVENT_FDS)
+        self._nfds = ffi.new("unsigned int *")
         for fd, reader in (
             (self._pidfd, self._died),
             (self._nursery.fileno(), self._nursery_speaks),
@@ -226,12 +307,19 @@ class Zygote:
     async def prepare(self, config: ZygoteConfig) -> None:
         """Have it import and warm up what a policy names. Raises Unavailable; the zygote is of no use then."""
         walls_down = sum(1 << stage for stage in config.walls_down)
-        message = {"preload": list(config.preload), "warmup": config.warmup, "walls_down": walls_down}
+        message = {
+            "preload": list(config.preload),
+            "warmup": config.warmup,
+            "walls_down": walls_down,
+            "rehearsal": config.rehearsal,
+            **config.extra,
+        }
         await self._executed()
         self._ready = self._loop.create_future()
         try:
             self._zygote.send(json.dumps(message).encode())
-            self._zygote.send(config.filter_program)
+            self._zygote.send(config.filters.inherited)
+            self._zygote.send(config.filters.own)
             answer = await asyncio.wait_for(self._ready, READY_SECONDS)
         except TimeoutError:
             fix = "look at [runtime] preload and warmup: they did not end"
@@ -252,6 +340,7 @@ class Zygote:
             )
         self.landlock_abi = int(answer["landlock_abi"])
         self.version = tuple(answer["version"])
+        self.image = str(answer.get("image", ""))
         if self.landlock_abi < config.landlock_abi:
             raise Unavailable(
                 "landlock",
@@ -280,79 +369,43 @@ class Zygote:
             if len(said) > _REPORT.size:
                 raise _refused(said[_REPORT.size :], self._operations)
 
-    # Requests
+    # Cells
 
-    async def make_init(self, slot: int, guest_id: int, sizes: InitSizes) -> Init:
-        """The namespaces and file systems of one cell. Raises Unavailable, ZygoteLost."""
-        self._must_live()
-        future: asyncio.Future[Init] = self._loop.create_future()
-        request = _INIT_REQUEST.pack(
-            slot,
-            guest_id,
-            sizes.workspace_bytes,
-            sizes.workspace_files,
-            sizes.tmp_bytes,
-            sizes.tmp_files,
-            sizes.shm_bytes,
-            sizes.shm_files,
-            sizes.code_bytes,
-        )
-        self._inits.append(future)
-        self._send(self._nursery, request, ())
-        return await _taken(future, Init.close)
+    def make(self, hears: Hears, plan: CellPlan, slot: int, guest_id: int, entry: Entry, hurry: bool) -> None:
+        """Have a cell made in *slot*, which must have none; *hears* is told. In a *hurry* it does not rehearse. Raises
+        ZygoteLost.
+        """
+        if self.lost:
+            raise ZygoteLost(self.last_words() if not self._closed else "closed")
+        self.made += 1
+        identity = self.made & 0xFFFFFFFF
+        self._cells[identity] = hears
+        self._unsent.append((plan.request(identity, slot, guest_id, entry, hurry), entry))
+        if len(self._unsent) == 1:
+            self._send()
 
-    async def fork(
-        self,
-        guest_id: int,
-        init: Init,
-        channel: int,
-        clone_fd: int | None,
-        entry_fds: Sequence[int],
-        rlimits: Sequence[tuple[int, int, int]],
-    ) -> CellProcess:
-        """Fork one cell into *init*. It says on *channel* whether its walls are up. Raises Unavailable, ZygoteLost."""
-        self._must_live()
-        fds = [init.pidfd, init.stdin_read, init.stdout_write, init.stderr_write, channel]
-        if clone_fd is not None:
-            fds.append(clone_fd)
-        fds += entry_fds
-        flat = [number for resource, soft, hard in rlimits for number in (resource, 0, soft, hard)]
-        flat += [0] * (64 - len(flat))
-        self._next_id += 1
-        request = _CELL_REQUEST.pack(
-            _FORK, self._next_id, 0, guest_id, guest_id, clone_fd is not None, len(entry_fds), len(rlimits), *flat
-        )
-        reply, pidfd = await self._ask_zygote(request, fds)
-        _, _, pid, _, _, stage, number, _ = reply
-        if pid < 0:
-            raise unavailable(stage, number)
-        return CellProcess(pid, pidfd)
+    @property
+    def alive(self) -> int:
+        """Cells that were asked for and are not dead."""
+        return len(self._cells)
 
-    async def reap(self, cell: CellProcess) -> tuple[int, int]:
-        """How a cell that has ended did so: (si_code, si_status) of waitid(2). Only once its pidfd is readable."""
-        self._must_live()
-        self._next_id += 1
-        reply, _ = await self._ask_zygote(
-            _CELL_REQUEST.pack(_REAP, self._next_id, cell.pid, 0, 0, 0, 0, 0, *[0] * 64), ()
-        )
-        if reply[6]:
-            raise OSError(reply[6], f"waitid: {os.strerror(reply[6])}")
-        return reply[3], reply[4]
+    def _send(self) -> None:
+        """What waits goes out as far as the nursery's queue takes it."""
+        fd = self._nursery.fileno()
+        while self._unsent:
+            request, entry = self._unsent[0]
+            sent = lib.sbx_send_fds(fd, request, len(request), entry.fds, entry.count)
+            if sent == -errno.EAGAIN:
+                self._loop.add_writer(fd, self._send_more)
+                return
+            if sent < 0:
+                self._lose()
+                return
+            self._unsent.popleft()
 
-    async def _ask_zygote(self, request: bytes, fds: Sequence[int]) -> tuple[tuple[int, ...], int]:
-        future: asyncio.Future[tuple[tuple[int, ...], int]] = self._loop.create_future()
-        self._cells.append(future)
-        self._send(self._zygote, request, fds)
-        return await _taken(future, lambda answer: os.close(answer[1]) if answer[1] >= 0 else None)
-
-    def on_lost(self, callback: Callable[[], None]) -> None:
-        """Have *callback* called when the zygote is lost, unless ``forget`` comes first."""
-        self._on_lost.append(callback)
-
-    def forget(self, callback: Callable[[], None]) -> None:
-        """Take *callback* back; it may never have been given."""
-        with contextlib.suppress(ValueError):
-            self._on_lost.remove(callback)
+    def _send_more(self) -> None:
+        self._loop.remove_writer(self._nursery.fileno())
+        self._send()
 
     def last_words(self) -> str:
         """The end of what nursery and zygote wrote to their log."""
@@ -365,8 +418,7 @@ class Zygote:
             return
         self._closed = True
         self._lose()
-        native.pidfd_kill(self._pidfd, signal.SIGKILL)
-        await readable(self._pidfd)
+        await self._gone
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         for end in (self._nursery, self._zygote):
@@ -378,53 +430,79 @@ class Zygote:
 
     # Inside
 
-    def _must_live(self) -> None:
-        if self.lost:
-            raise ZygoteLost(self.last_words() if not self._closed else "closed")
-
-    def _send(self, channel: socket.socket, request: bytes, fds: Sequence[int]) -> None:
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
-        try:
-            # A blocking send: the reader is one of ours and answers within a fork's time.
-            channel.sendmsg([request], control, socket.MSG_NOSIGNAL)
-        except OSError:
+    def _next_event(self, channel: socket.socket) -> tuple[int, ...] | None:
+        """The next event, with the descriptors in ``_fds``; None when none is there, or the zygote was lost."""
+        self._nfds[0] = _EVENT_FDS
+        size = lib.sbx_recv_fds(channel.fileno(), self._event, _EVENT.size, self._fds, self._nfds)
+        if size == _EVENT.size:
+            return _EVENT.unpack(self._event_bytes)
+        if size != -errno.EAGAIN:
+            lib.sbx_close_all(self._fds, self._nfds[0])
             self._lose()
+        return None
 
     def _nursery_speaks(self) -> None:
-        data, fds = _receive(self._nursery, _INIT_REPLY.size, _INIT_FDS)
-        if not self._inits or len(data) != _INIT_REPLY.size:
-            _close_all(fds)
-            self._lose()
-            return
-        _, stage, number, _ = _INIT_REPLY.unpack(data)
-        future = self._inits.popleft()
-        if stage or len(fds) != _INIT_FDS:
-            _close_all(fds)
-            if not future.done():
-                future.set_exception(unavailable(stage, number))
-        elif future.done():
-            _close_all(fds)
-        else:
-            future.set_result(Init(*fds))
+        for _ in range(_BATCH):
+            event = self._next_event(self._nursery)
+            if event is None:
+                return
+            kind, identity, _, _, stage, number, _ = event
+            hears = self._cells.get(identity)
+            if hears is None or (kind == _MADE and self._nfds[0] != _MADE_FDS):
+                lib.sbx_close_all(self._fds, self._nfds[0])
+                self._lose()
+            elif kind == _MADE:
+                hears.made(CellFds(*self._fds[0:_MADE_FDS]))
+            elif kind == _DEAD:
+                self._half_dead(identity, hears)
+            else:
+                del self._cells[identity]
+                hears.not_made(unavailable(stage, number))
+            if self.lost:
+                return
 
     def _zygote_speaks(self) -> None:
-        data, fds = _receive(self._zygote, 1 << 16, 1)
-        if self._ready is not None and not self._ready.done():
-            _close_all(fds)
-            try:
-                self._ready.set_result(json.loads(data))
-            except ValueError:
-                self._lose()
+        if not self._answered:
+            self._prepared()
             return
-        if not self._cells or len(data) != _CELL_REPLY.size:
-            _close_all(fds)
+        # Each cell was announced by the nursery first; here both may have become readable at the same time.
+        self._nursery_speaks()
+        for _ in range(_BATCH):
+            event = None if self.lost else self._next_event(self._zygote)
+            if event is None:
+                return
+            kind, identity, code, status, stage, number, _ = event
+            hears = self._cells.get(identity)
+            if hears is None:
+                self._lose()
+                return
+            if kind == _EXITED:
+                hears.exited(code, status)
+            else:
+                hears.not_forked(unavailable(stage, number))
+            self._half_dead(identity, hears)
+
+    def _half_dead(self, identity: int, hears: Hears) -> None:
+        """The nursery has reaped the init, or the zygote the cell; the other one says so too, sooner or later."""
+        if identity not in self._half:
+            self._half.add(identity)
+            return
+        self._half.discard(identity)
+        del self._cells[identity]
+        hears.dead()
+
+    def _prepared(self) -> None:
+        """Its first packet says whether the policy could be brought into force."""
+        data, fds = _receive(self._zygote, 1 << 16, 1)
+        _close_all(fds)
+        self._answered = True
+        try:
+            answer = json.loads(data)
+        except ValueError:
             self._lose()
             return
-        future = self._cells.popleft()
-        if future.done():
-            _close_all(fds)
-        else:
-            future.set_result((_CELL_REPLY.unpack(data), fds[0] if fds else -1))
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_result(answer)
 
     def _log_speaks(self) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -435,34 +513,26 @@ class Zygote:
 
     def _died(self) -> None:
         self._lose()
+        self._loop.remove_reader(self._pidfd)
+        cells, self._cells = list(self._cells.values()), {}
+        for hears in cells:
+            hears.lost()
+        resolve(self._gone)
 
     def _lose(self) -> None:
-        """From now on nothing is asked; whoever waits is told, and nothing is left running."""
+        """From now on nothing is asked; whoever waits is told once everything of it is dead."""
         if self.lost:
             return
         self.lost = True
-        for fd in (self._pidfd, self._nursery.fileno(), self._zygote.fileno(), self._log):
+        self._log_speaks()
+        for fd in (self._nursery.fileno(), self._zygote.fileno(), self._log):
             self._loop.remove_reader(fd)
+        self._loop.remove_writer(self._nursery.fileno())
+        self._unsent.clear()
         native.pidfd_kill(self._pidfd, signal.SIGKILL)
-        error = ZygoteLost(self.last_words() or "the zygote ended")
-        waiting: list[asyncio.Future[Any]] = [*self._inits, *self._cells, *([self._ready] if self._ready else [])]
-        self._inits.clear()
-        self._cells.clear()
-        for future in waiting:
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # whoever waited may be gone
-        for callback in list(self._on_lost):
-            callback()
-
-
-async def _taken(future: asyncio.Future[_T], drop: Callable[[_T], object]) -> _T:
-    """The answer; when the waiting task is cancelled, an answer that comes all the same is dropped."""
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        future.add_done_callback(lambda late: None if late.cancelled() or late.exception() else drop(late.result()))
-        raise
+        if self._ready is not None and not self._ready.done():
+            self._ready.set_exception(ZygoteLost(self.last_words() or "the zygote ended"))
+            self._ready.exception()  # whoever waited may be gone
 
 
 def _receive(channel: socket.socket, room: int, most_fds: int) -> tuple[bytes, list[int]]:

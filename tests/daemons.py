@@ -81,7 +81,7 @@ class Served:
         return self.process.wait(15)
 
 
-def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str) -> Served:
+def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str | dict[str, int]) -> Served:
     """A daemon on HOME/NAME/socket, not yet ready."""
     path, log, file = home / name / "socket", home / f"{name}.log", home / f"{name}.toml"
     settings = {"socket": str(path), "group": group, **config}
@@ -92,12 +92,16 @@ def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int 
     return Served(process, path, log)
 
 
-def _toml(value: int | str) -> str:
+def _toml(value: int | str | dict[str, int]) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
     return str(value) if isinstance(value, int) else f'"{value}"'
 
 
 @contextlib.contextmanager
-def served(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str) -> Iterator[Served]:
+def served(
+    home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str | dict[str, int]
+) -> Iterator[Served]:
     """A daemon that is ready; ended by SIGTERM."""
     daemon = start(home, name, group, **config)
     try:

@@ -10,12 +10,15 @@ import os
 import re
 import time
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+UNPARKED = {"maximum": 0}
+"""For ``Sandbox(pool=...)``: no cell but those of runs, where a test counts processes or follows one run's steps."""
 
 _CGROUP = re.compile(r"sandboxd\.(\d+)\.(\d+)(?:\.\d+)?")
 _NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
@@ -170,6 +173,8 @@ class Snapshot:
     namespaces: frozenset[str]
     fds: frozenset[str]
     shm: frozenset[str]
+    of_engines: dict[tuple[int, int], frozenset[str]] = field(default_factory=dict)
+    """What of it belongs to each engine of this process that lives, by pid and start: cells of theirs come and go."""
 
 
 def _cgroups(ours: set[int], among: dict[int, Process]) -> tuple[set[str], set[int]]:
@@ -207,7 +212,16 @@ def snapshot() -> Snapshot:
         if top.parent in (0, 1) or (top.parent in below) or not _engine_like(top.parent):
             orphans.add(one.pid)
     ours = below | inside | orphans
+    of_engines: dict[tuple[int, int], frozenset[str]] = {}
+    for pid in below:
+        if _owner(pid) == os.getpid():
+            family = [one for one in descendants(pid, table) if one.pid in ours]
+            held = {str(one) for one in family} | namespaces(one.pid for one in family)
+            name = f"/sandboxd.{pid}.{table[pid].started}/"
+            held |= {path for path in cgroups if name in path}
+            of_engines[pid, table[pid].started] = frozenset(held)
     return Snapshot(
+        of_engines=of_engines,
         cgroups=frozenset(cgroups),
         mounts=frozenset(Path("/proc/self/mountinfo").read_text("utf-8").splitlines()),
         processes=frozenset(str(table[pid]) for pid in ours if pid in table and table[pid].state not in "ZX"),
@@ -219,11 +233,16 @@ def snapshot() -> Snapshot:
 
 
 def difference(before: Snapshot, after: Snapshot | None = None) -> dict[str, list[str]]:
-    """What *after* (default: now) has that *before* had not, by kind; empty when nothing was left."""
+    """What *after* (default: now) has that *before* had not, by kind; empty when nothing was left. An engine of this
+    process that lived then and lives now may have other cells.
+    """
     now = snapshot() if after is None else after
+    theirs = {one for engine, held in now.of_engines.items() if engine in before.of_engines for one in held}
     found: dict[str, list[str]] = {}
     for kind in Snapshot.__dataclass_fields__:
-        new = sorted(getattr(now, kind) - getattr(before, kind))
+        if kind == "of_engines":
+            continue
+        new = sorted(getattr(now, kind) - getattr(before, kind) - theirs)
         if new:
             found[kind] = new
     return found

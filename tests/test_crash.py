@@ -116,7 +116,7 @@ def clean() -> Iterator[None]:
 @pytest.mark.usefixtures("clean")
 def test_an_engine_that_is_killed_takes_all_its_cells_along() -> None:
     before = leftovers.snapshot()
-    with Sandbox(max_running=LIVE) as sandbox:
+    with Sandbox(max_running=LIVE, pool=leftovers.UNPARKED) as sandbox:
         assert sandbox._engine is not None
         runs = Runs([sandbox], LIVE, ORPHANS)
         runs.wait_until_all_run()
@@ -134,7 +134,7 @@ def test_an_engine_that_is_killed_takes_all_its_cells_along() -> None:
     left = leftovers.difference(before)
     assert set(left) <= {"cgroups"}, left
     assert left["cgroups"], "the next engine would have nothing to sweep: this test tests nothing"
-    with Sandbox() as following:
+    with Sandbox(pool=leftovers.UNPARKED) as following:
         assert following.run("print(1)").status == "ok"
 
 
@@ -153,7 +153,7 @@ def test_an_engine_may_be_killed_at_any_moment_of_its_start() -> None:
         def start(made: list[object] = made, started: threading.Event = started) -> None:
             started.set()
             try:
-                with Sandbox() as sandbox:
+                with Sandbox(pool=leftovers.UNPARKED) as sandbox:
                     made.append(sandbox.run("print(1)").status)
             except SandboxError as error:
                 made.append(error)
@@ -171,7 +171,7 @@ def test_an_engine_may_be_killed_at_any_moment_of_its_start() -> None:
         (came,) = made
         assert came == "ok" or isinstance(came, Unavailable | ConnectionLost), came
         leftovers.eventually(lambda: all_gone(victims), 5, f"gone, killed after {delay} ms")  # noqa: B023
-    with Sandbox() as following:
+    with Sandbox(pool=leftovers.UNPARKED) as following:
         assert following.run("print(1)").status == "ok"
 
 
@@ -181,7 +181,7 @@ def test_an_engine_may_be_killed_at_any_moment_of_its_start() -> None:
 @pytest.mark.parametrize("who", ["nursery", "zygote"])
 @pytest.mark.usefixtures("clean")
 def test_a_zygote_that_is_killed_costs_its_runs_and_no_others(who: str) -> None:
-    with Sandbox(max_running=LIVE) as sandbox:
+    with Sandbox(max_running=LIVE, pool=leftovers.UNPARKED) as sandbox:
         assert sandbox._engine is not None
         engine = sandbox._engine.pid
         runs = Runs([sandbox], LIVE)
@@ -202,7 +202,7 @@ def test_a_zygote_that_is_killed_costs_its_runs_and_no_others(who: str) -> None:
 @pytest.mark.parametrize("who", ["init", "cell"])
 @pytest.mark.usefixtures("clean")
 def test_a_cell_that_is_killed_from_outside_is_told_from_the_others(who: str) -> None:
-    with Sandbox() as sandbox:
+    with Sandbox(pool=leftovers.UNPARKED) as sandbox:
         assert sandbox._engine is not None
         engine = sandbox._engine.pid
         runs = Runs([sandbox], 2)
@@ -261,7 +261,7 @@ def test_a_caller_that_is_stopped_keeps_its_engine_and_goes_on(caller: subproces
     leftovers.eventually(lambda: _state(family(caller.pid)[0]) == "T", 5, "the caller is stopped")
     assert leftovers.lives(engine)
     # Others are served meanwhile, and by engines of their own.
-    with Sandbox() as other:
+    with Sandbox(pool=leftovers.UNPARKED) as other:
         assert other.run("print(1)").status == "ok"
     assert leftovers.lives(engine)
     caller.send_signal(signal.SIGCONT)

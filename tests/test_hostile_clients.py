@@ -44,7 +44,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
-    with daemons.directory() as home, daemons.served(home, max_running=2) as made:
+    with daemons.directory() as home, daemons.served(home, max_running=2, pool=leftovers.UNPARKED) as made:
         assert made.serves()
         yield made
 

@@ -120,7 +120,7 @@ def opened(pid: int) -> Open:
 @pytest.mark.parametrize("policy", ["default"])
 def test_a_thousand_runs_leave_nothing_and_grow_nothing(policy: str) -> None:
     outside = leftovers.snapshot()
-    with Sandbox(policy, max_running=AT_ONCE) as sandbox:
+    with Sandbox(policy, max_running=AT_ONCE, pool=leftovers.UNPARKED) as sandbox:
         assert sandbox._engine is not None
         engine = sandbox._engine.pid
         # As many slots, connections and threads as there will be, and the allocators' pools filled.

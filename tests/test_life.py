@@ -9,20 +9,18 @@ from hypothesis import strategies as st
 from sandboxd.engine.life import TRANSITIONS, Event, Life, State
 
 ORDINARY = [
-    (Event.ADMITTED, State.MAKING),
-    (Event.INIT_MADE, State.FORKING),
-    (Event.FORKED, State.SEALING),
+    (Event.MADE, State.SEALING),
     (Event.WALLS_UP, State.SEALED),
     (Event.GO, State.RUNNING),
     (Event.FINISHED, State.ENDING),
     (Event.DEAD, State.COLLECTING),
-    (Event.COLLECTED, State.GONE),
+    (Event.LET_GO, State.GONE),
 ]
 
 
 def test_an_ordinary_run() -> None:
     life = Life()
-    assert life.state is State.QUEUED
+    assert life.state is State.MAKING
     for event, state in ORDINARY:
         assert life.on(event) is state
         assert life.state is state
@@ -38,13 +36,18 @@ def test_every_event_happens_somewhere() -> None:
 
 
 @pytest.mark.parametrize("state", [state for state in State if state is not State.GONE])
-def test_a_caller_may_leave_and_a_zygote_may_be_lost_at_any_time(state: State) -> None:
-    assert {Event.CANCELLED, Event.LOST} <= set(TRANSITIONS[state])
+def test_a_caller_may_leave_at_any_time(state: State) -> None:
+    assert {Event.CANCELLED, Event.DISCARDED} & set(TRANSITIONS[state])
 
 
-@pytest.mark.parametrize("state", [State.MAKING, State.FORKING, State.SEALING, State.SEALED, State.RUNNING])
-@pytest.mark.parametrize("event", [Event.CANCELLED, Event.LOST, Event.FAILED])
-def test_a_run_that_has_anything_goes_through_its_end(state: State, event: Event) -> None:
+@pytest.mark.parametrize("state", [state for state in State if state not in (State.COLLECTING, State.GONE)])
+def test_a_zygote_may_be_lost_while_anything_lives_and_then_nothing_does(state: State) -> None:
+    assert TRANSITIONS[state][Event.LOST] is State.COLLECTING
+
+
+@pytest.mark.parametrize("state", [State.SEALING, State.SEALED, State.RUNNING])
+@pytest.mark.parametrize("event", [Event.CANCELLED, Event.EXITED, Event.FAILED])
+def test_a_cell_that_has_anything_goes_through_its_end(state: State, event: Event) -> None:
     # Never straight to GONE: what exists by then has to be taken down.
     assert TRANSITIONS[state][event] is State.ENDING
 
@@ -68,7 +71,9 @@ def test_an_end_is_not_taken_back() -> None:
 
 def test_only_the_death_of_the_namespace_leads_to_collecting() -> None:
     ways = {(state, event) for state, row in TRANSITIONS.items() for event, to in row.items() if to is State.COLLECTING}
-    assert {way for way in ways if way[0] is not State.COLLECTING} == {(State.ENDING, Event.DEAD)}
+    lost = {(state, Event.LOST) for state in State if state not in (State.COLLECTING, State.GONE)}
+    refused = (State.MAKING, Event.FAILED)  # by the nursery: nothing was made
+    assert {way for way in ways if way[0] is not State.COLLECTING} == {(State.ENDING, Event.DEAD), refused, *lost}
 
 
 def test_a_program_runs_only_behind_walls() -> None:

@@ -214,7 +214,9 @@ def test_collecting_leaks_no_descriptor(place: Path, fd: int) -> None:
 
 
 def test_the_source_is_readable_and_not_to_be_changed(place: Path, fd: int) -> None:
-    workspace.put_source(fd, "main.py", b"print(1)", os.getuid())
+    source = workspace.make_source(fd, "main.py", os.getuid())
+    os.write(source, b"print(1)")
+    os.close(source)
     assert (place / "main.py").read_bytes() == b"print(1)"
     assert (place / "main.py").stat().st_mode & 0o777 == 0o444
 
@@ -223,7 +225,7 @@ def test_the_source_is_readable_and_not_to_be_changed(place: Path, fd: int) -> N
 def test_the_engines_umask_does_not_show(place: Path, fd: int, umask: int) -> None:
     before = os.umask(umask)
     try:
-        workspace.put_source(fd, "main.py", b"", os.getuid())
+        os.close(workspace.make_source(fd, "main.py", os.getuid()))
     finally:
         os.umask(before)
     assert (place / "main.py").stat().st_mode & 0o777 == 0o444

@@ -327,7 +327,8 @@ def open_sandbox(policy: str | None, connect: str | None, limits: dict[str, Any]
         from sandboxd.policy import Limits
 
         given["limits"] = Limits(**limits)
-    return Sandbox.connect(connect, **given) if connect else Sandbox(**given)
+    # One program comes, so one cell waits.
+    return Sandbox.connect(connect, **given) if connect else Sandbox(**given, pool={"maximum": 1})
 
 
 def store_files(result: Result, directory: int) -> bool:

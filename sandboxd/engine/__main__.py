@@ -127,7 +127,7 @@ class Embedded:
     def _connect(self, sock: socket.socket) -> None:
         assert self._engine is not None  # noqa: S101
         client = {"uid": os.getuid(), "pid": os.getppid()}
-        connection = Connection(self._engine, sock, client, self._policy, sees_all=True)
+        connection = Connection(self._engine, sock, client, self._policy, sees_all=True, lends=True)
         task = self._loop.create_task(connection.serve())
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)

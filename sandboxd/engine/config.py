@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
+from sandboxd.engine.pool import PoolSettings
 from sandboxd.errors import PolicyError
 
 __all__ = ["EngineConfig", "host_memory_bytes"]
@@ -31,6 +32,10 @@ class EngineConfig:
     """Tasks of zygotes and cells together. Default: 256 for each of max_running, and 1,024."""
     ids: str | None = None
     """Host ids for user namespaces, "base:count"; else /etc/subuid, else a documented range."""
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    """Parked cells of each policy, and how long a zygote serves."""
+    zygote: dict[str, Any] = field(default_factory=dict)
+    """What zygotes are told in addition, for measurements of single ideas."""
     walls_down: tuple[str, ...] = ()
     """Names of walls that are left out, for tests of the others. Every receipt lists them as missing."""
     marker_errno: int | None = None
@@ -40,7 +45,7 @@ class EngineConfig:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> EngineConfig:
         """Raises PolicyError for a key or a value that cannot be."""
-        known = {field.name for field in fields(cls)}
+        known = {one.name for one in fields(cls)}
         for key, value in plain.items():
             if key not in known:
                 raise PolicyError(f"{key!r} is not an engine's setting. They are {', '.join(sorted(known))}.", key=key)
@@ -49,7 +54,14 @@ class EngineConfig:
                     raise PolicyError(f"{key} must be a whole number from 1, not {value!r}.", key=key)
             elif key == "ids" and not (value is None or isinstance(value, str)):
                 raise PolicyError(f'ids must be a string like "1879048192:65536", not {value!r}.', key=key)
-        return cls(**{**plain, "walls_down": tuple(plain.get("walls_down", ()))})
+        return cls(
+            **{
+                **plain,
+                "walls_down": tuple(plain.get("walls_down", ())),
+                "pool": PoolSettings.from_plain(plain.get("pool") or {}),
+                "zygote": dict(plain.get("zygote") or {}),
+            }
+        )
 
     def running(self) -> int:
         """max_running with its default."""

@@ -20,11 +20,11 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
-from sandboxd.engine.life import State
+from sandboxd.engine.leases import Leases, send_now
 from sandboxd.engine.prepared import Prepared
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.limits import shown
-from sandboxd.waiting import readable, writable
+from sandboxd.waiting import resolve, writable
 from sandboxd.wire import Run, parse_header
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ log = logging.getLogger("sandboxd.engine")
 
 HELLO_SECONDS: Final = 10.0
 SEND_SECONDS: Final = 30.0
+MOST_SECONDS: Final = 1e6
 _SHOWN_KEYS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
@@ -57,13 +58,22 @@ class Connection:
     """Serves one connected socket until its end."""
 
     def __init__(
-        self, engine: Engine, sock: socket.socket, client: dict[str, Any], policies: Policies, sees_all: bool
+        self,
+        engine: Engine,
+        sock: socket.socket,
+        client: dict[str, Any],
+        policies: Policies,
+        sees_all: bool,
+        lends: bool = False,
     ) -> None:
+        """*sees_all*: the client is the engine's operator; *lends*: it is its caller, and may hold cells itself."""
         self._engine = engine
         self._sock = sock
         self._client = client
         self._policies = policies
         self._sees_all = sees_all
+        self._lends = lends
+        self._leases: Leases | None = None
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
         self._lost = False
@@ -71,10 +81,17 @@ class Connection:
         self._bounds = protocol.ANYTHING if sees_all else protocol.REQUESTS
         self._may_cancel = False
         self._unread = False
+        self._run_now: CellRun | None = None
+        self._running = False
+        self._interrupted = ""  # or "cancel", or "gone"
+        self._task: asyncio.Task[None] | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._watching = False
         sock.setblocking(False)
 
     async def serve(self) -> None:
         """Until the client leaves or breaks the protocol. Closes the socket."""
+        self._task = asyncio.current_task()
         try:
             async with asyncio.timeout(HELLO_SECONDS):
                 hello = await self._receive(inline=True)
@@ -83,6 +100,8 @@ class Connection:
             hello.close()
             if hello.message.get("op") != "hello":
                 raise ProtocolError("The first packet must be hello.")
+            if self._lends and hello.message.get("direct") is True:
+                self._leases = Leases(self._engine, self._client, lambda data, fds: send_now(self._sock, data, fds))
             await self._send({"op": "hello", "version": protocol.VERSION, "engine": "sandboxd"})
             while (packet := await self._receive()) is not None:
                 await self._request(packet)
@@ -99,6 +118,9 @@ class Connection:
 
     def hang_up(self) -> None:
         """Close the socket, if ``serve`` did not come to it."""
+        self._look_away()
+        if self._leases is not None:
+            self._leases.close()
         protocol.hang_up(self._sock, self._client.get("uid"))
 
     async def _request(self, packet: Packet) -> None:
@@ -107,11 +129,16 @@ class Connection:
             if operation == "run":
                 self._may_cancel = True
                 await self._run(packet)
+            elif self._leases is not None and operation in ("done", "take"):
+                await self._direct(self._leases, operation, packet)
             elif isinstance(packet.payload, int):
                 raise ProtocolError("Only a request for a run may come in a memfd.")
             elif operation == "ps":
                 visible = self._may_see
                 await self._send({"op": "ps", "runs": self._engine.list_runs(visible)})
+            elif operation == "cancel" and self._leases is not None and (run := self._leases.begun()) is not None:
+                run.cancel()
+                await self._answer_taken(self._leases, run, b"", b"", b"")
             elif operation == "cancel" and self._may_cancel:
                 self._may_cancel = False  # it crossed with the answer to the run that it meant; a second one means none
             else:
@@ -150,82 +177,122 @@ class Connection:
     async def _execute(self, name: str | None, request: Run) -> None:
         """Run *request* and answer, with an eye on the client: when it speaks or leaves, the run ends."""
         self._lost = False
-        await self._taken()
-        started: list[CellRun] = []
-
-        async def emit(stream: int, data: bytes) -> None:
-            await self._emit(started[0], stream, data)
-
-        async def execute() -> None:
+        if self._unread:
+            await self._taken()
+        self._running, self._interrupted = True, ""
+        self._look()
+        try:
             prepared = await self._policies(name)
             header, texts, files = await self._engine.run(
-                prepared, request, self._client, emit if request.stream else None, started.append, self._notice
+                prepared, request, self._client, self._emit if request.stream else None, self._announce, self._notice
             )
+            self._running = False
             try:
                 await self._send_result(header, texts, files)
             finally:
                 files.close()
-
-        task = self._loop.create_task(execute())
-        watch = self._loop.create_task(self._receive(inline=True))
-        try:
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-            gone = False
-            if not task.done():
-                gone = await self._interrupted(watch, started, task)
-            try:
-                await task
-            except SandboxError as error:
-                await self._refuse(error)
-            except OSError as error:
-                log.exception("a run failed")
-                await self._refuse(Unavailable("engine", error.errno, "look at the engine's log", str(error)))
-            if gone:
-                raise _Gone("in the middle of its run")
+            if self._leases is not None:
+                self._leases.want(prepared)
+        except asyncio.CancelledError:
+            if not self._interrupted:
+                raise  # the engine closes
+            assert self._task is not None  # noqa: S101
+            self._task.uncancel()
+            if self._interrupted == "cancel":
+                self._running = False
+                await self._refuse(ConnectionLost(False))
+            raise _Gone("before its run began") from None
+        except SandboxError as error:
+            self._running = False
+            await self._refuse(error)
+        except OSError as error:
+            self._running = False
+            log.exception("a run failed")
+            await self._refuse(Unavailable("engine", error.errno, "look at the engine's log", str(error)))
         finally:
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError, _Gone):
-                    await task
-            if not watch.done():
-                watch.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await watch
-            elif not watch.cancelled() and watch.exception() is None and (late := watch.result()) is not None:
-                late.close()
+            self._running = False
+            self._run_now = None
+        if self._interrupted == "gone":
+            raise _Gone("in the middle of its run")
 
-    async def _interrupted(
-        self, watch: asyncio.Task[Packet | None], started: list[CellRun], task: asyncio.Task[None]
-    ) -> bool:
-        """The client spoke, or left, while its run was under way: the end of the run either way. True when it left."""
-        gone = True
+    async def _direct(self, leases: Leases, operation: str, packet: Packet) -> None:
+        """What a caller says of a cell that it holds itself."""
+        message = packet.message
+        identity = message.get("lease")
+        if operation == "done":
+            leases.done(identity)
+        else:
+            ago = message.get("seconds")
+            if type(ago) is not float or not 0 <= ago < MOST_SECONDS:
+                raise ProtocolError("A run that is handed back says for how long it has been running.")
+            run = leases.taken_back(identity, ago)
+            if run is None:
+                await self._send({"op": "revoked", "lease": identity, "taken": True})
+                return
+            sizes = [_size(message.get(key)) for key in ("stdout", "stderr", "frame")]
+            data = bytes(packet.take_bytes())
+            if sum(sizes) != len(data):
+                raise ProtocolError("A run's parts do not add up to its payload.")
+            out, err = data[: sizes[0]], data[sizes[0] : sizes[0] + sizes[1]]
+            await self._answer_taken(leases, run, out, err, data[sizes[0] + sizes[1] :])
+
+    async def _answer_taken(self, leases: Leases, run: CellRun, out: bytes, err: bytes, frame: bytes) -> None:
+        """Carry a run that its caller began to its end, and answer."""
+        self._running, self._interrupted, self._run_now, self._lost = True, "", run, False
+        self._look()
         try:
-            packet = watch.result()
+            header, texts, files = await run.take_back(out, err, frame)
+            self._running = False
+            try:
+                await self._send_result(header, texts, files)
+            finally:
+                files.close()
+        except SandboxError as error:
+            self._running = False
+            await self._refuse(error)
+        finally:
+            self._running = False
+            self._run_now = None
+            leases.finish(run)
+        if self._interrupted == "gone":
+            raise _Gone("in the middle of its run")
+
+    def _announce(self, run: CellRun) -> None:
+        self._run_now = run
+
+    def _interrupt(self) -> None:
+        """The client spoke, or left, while its run was under way: the end of the run either way."""
+        self._look_away()
+        try:
+            with self._share.counted():
+                packet = protocol.receive(self._sock, inline=True, bounds=self._bounds, owner=self._client.get("uid"))
+        except BlockingIOError:
+            self._look()
+            return
         except (OSError, ProtocolError):
             packet = None
+        self._interrupted = "gone"
         if packet is not None:
-            gone = packet.message.get("op") != "cancel"
+            if packet.message.get("op") == "cancel":
+                self._interrupted = "cancel"
             packet.close()
-        if started and started[0].life.state is not State.QUEUED:
-            started[0].cancel()  # without effect when only its result is left to be sent
-            return gone
-        task.cancel()  # still queued, or its policy is being made ready
-        with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError):
-            await task
-        if not gone:
-            await self._refuse(ConnectionLost(False))
-        raise _Gone("before its run began")
+        run = self._run_now
+        if run is not None and not run.is_queued:
+            run.cancel()  # without effect when only its result is left to be sent
+        elif self._task is not None:
+            self._task.cancel()  # still queued, or its policy is being made ready
 
     # Packets
 
-    async def _emit(self, run: CellRun, stream: int, data: bytes) -> None:
+    async def _emit(self, stream: int, data: bytes) -> None:
         try:
             for start in range(0, len(data), protocol.INLINE_BYTES // 2):
                 part = data[start : start + protocol.INLINE_BYTES // 2]
                 await self._send({"op": "output", "stream": stream}, [part])
         except _Gone:
             self._lost = True
-            run.cancel()
+            if self._run_now is not None:
+                self._run_now.cancel()
             raise
 
     async def _notice(self, what: str) -> None:
@@ -330,13 +397,45 @@ class Connection:
                 raise ProtocolError("Descriptors that came with earlier packets cannot be closed.")
             with self._share.counted(), contextlib.suppress(BlockingIOError):
                 return protocol.receive(self._sock, inline=inline, bounds=self._bounds, owner=owner)
-            await readable(self._sock.fileno())
+            self._wake = self._loop.create_future()
+            self._look()
+            try:
+                await self._wake
+            finally:
+                self._wake = None
+
+    def _look(self) -> None:
+        """Watch the socket: it stays watched from one packet to the next, for turning that on and off costs more than
+        the packet.
+        """
+        if not self._watching:
+            self._loop.add_reader(self._sock.fileno(), self._readable)
+            self._watching = True
+
+    def _look_away(self) -> None:
+        if self._watching:
+            self._loop.remove_reader(self._sock.fileno())
+            self._watching = False
+
+    def _readable(self) -> None:
+        if self._wake is not None:
+            resolve(self._wake)
+        elif self._running:
+            self._interrupt()
+        else:
+            self._look_away()  # its turn comes
 
 
 def _code_bytes(run: dict[str, Any]) -> int:
     """How long the source text is said to be; ``parse_header`` checks that it is true."""
     size = run.get("code_bytes")
     return size if type(size) is int and size > 0 else 0
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ProtocolError("A run's part has a length that is none.")
+    return value
 
 
 def _shorten(header: dict[str, Any]) -> None:

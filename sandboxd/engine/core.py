@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import resource
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
+from sandboxd.engine.clock import Clock
+from sandboxd.engine.dying import Dying
 from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit
 from sandboxd.engine.share import Share
@@ -34,8 +35,9 @@ from sandboxd.zygote import ZygoteLost
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from sandboxd.engine.answer import Answer
     from sandboxd.engine.config import EngineConfig
-    from sandboxd.engine.workspace import Collected
+    from sandboxd.engine.leases import Leases
 
 __all__ = ["Engine"]
 
@@ -45,6 +47,8 @@ RESTART_SECONDS: Final = 1.0
 """How long a policy that could not be brought into force answers with the same error before it is tried again."""
 HELD_BYTES: Final = 64 << 20
 """Source texts and JSON of one uid's requests, waiting or running; as Python's objects they take several times that."""
+RETIRE_SECONDS: Final = 60.0
+"""After a zygote could not be replaced, so long until the next attempt."""
 SPARE_SLOTS: Final = 64
 """Slots beyond max_running: a run that is dying slowly keeps its own."""
 
@@ -55,6 +59,10 @@ class Engine:
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.cpus = os.cpu_count() or 1
+        self.most_running = config.running()
+        self.descriptors = 1 << 20
+        self.crowded = False
+        """Nearly as many descriptors are open as may be: a cell whose do not arrive costs the whole zygote."""
         self.kernel = kernel_release()
         self.instance: cgroup.Instance
         self.ids: ids.IdBlock
@@ -66,6 +74,11 @@ class Engine:
         self._preparing: dict[str, asyncio.Task[Prepared]] = {}
         self._running = 0
         self._queued = 0
+        self.clock = Clock()
+        self.dying = Dying()
+        self.makers = max(2, self.cpus)
+        self._leases: dict[Leases, None] = {}
+        self._retired: set[asyncio.Task[None]] = set()
         self._held: Counter[object] = Counter()
         self._shares: weakref.WeakValueDictionary[object, Share] = weakref.WeakValueDictionary()
         # By the uid that asked, in the order in which the uids are served.
@@ -88,17 +101,21 @@ class Engine:
         # Every cell takes some thirty descriptors here; what cells may open is their own limit.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        if most != resource.RLIM_INFINITY:
+            self.descriptors = most
         layout = cgroup.discover()
         for swept in cgroup.sweep(layout):
             log.info("swept what a dead engine left in %s; processes killed: %d", swept.name, swept.killed)
             if swept.left:
                 log.warning("could not be removed, and is tried again by the next engine: %s", ", ".join(swept.left))
-        running = self.config.running()
+        running = self.most_running
         with contextlib.ExitStack() as undo:
             bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks())
             self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
             self.ids = undo.enter_context(ids.claim(self.config.ids))
-            self.slot_ids = self.ids.slots(running + SPARE_SLOTS)
+            # Beside those that run: parked ones, and those that are dying.
+            wanted = running + max(SPARE_SLOTS, running + 2 * self.config.pool.maximum)
+            self.slot_ids = self.ids.slots(wanted)
             if running > self.slot_ids.capacity:
                 raise Unavailable(
                     "ids",
@@ -107,7 +124,7 @@ class Engine:
                     f"{running} cells at once need as many ids; the range has {self.slot_ids.capacity}",
                 )
             self.instance.clone_owner(self.ids.base)
-            self.slots = Slots(self.instance, min(running + SPARE_SLOTS, self.slot_ids.capacity), self.ids.base)
+            self.slots = Slots(self.instance, min(wanted, self.slot_ids.capacity), self.ids.base)
             undo.callback(self.slots.close)
             self._undo = undo.pop_all()
 
@@ -149,7 +166,7 @@ class Engine:
         lost = self._prepared.pop(key, None)
         if lost is not None:
             log.error("the zygote of policy %s was lost: %s", lost.name, lost.zygote.last_words())
-            await lost.zygote.close()
+            await lost.close()
         guess, self._guess = self._guess, None
         if guess is not None and essence(plain) != essence(LIKELY):
             await self._forget(guess)
@@ -157,9 +174,67 @@ class Engine:
         if guess is None:
             made = await self._proved(plain)
         else:
-            made = dataclasses.replace(await guess, name=plain["name"], plain=plain, limits=dict(plain["limits"]))
+            made = await guess
+            made.rename(plain)
         self._prepared[key] = made
+        made.pool.open()
         return made
+
+    @property
+    def busy(self) -> bool:
+        """Whether a program runs, or one waits to: what can wait, then, should."""
+        return bool(len(self.clock) or self._waiting)
+
+    # Turns that callers of an embedded engine hold for cells that they start themselves
+
+    def reserve(self, holder: Leases) -> bool:
+        """Take a turn for *holder*'s lease, if nobody waits for one."""
+        if self._closed or self._waiting or self._running >= self.most_running:
+            return False
+        self._running += 1
+        self._leases[holder] = None
+        return True
+
+    def unreserve(self, holder: Leases) -> None:
+        """Give it back."""
+        if self._leases.pop(holder, self) is not self:
+            self._leave()
+
+    def _revoke(self) -> bool:
+        """Take the turn of the lease that has waited longest."""
+        return any(holder.revoke() for holder in list(self._leases))
+
+    def current(self, prepared: Prepared) -> Prepared | None:
+        """What serves *prepared*'s policy now."""
+        return next((one for one in self._prepared.values() if one.name == prepared.name), None)
+
+    def rotate(self, old: Prepared) -> None:
+        """Put a new zygote in the place of *old*'s, which is closed once its runs are over."""
+        key = next((key for key, one in self._prepared.items() if one is old), None)
+        if key is None or self._closed or key in self._preparing or self._retired:
+            return
+        task = asyncio.get_running_loop().create_task(self._rotate(key, old))
+        self._retired.add(task)
+        task.add_done_callback(self._retired.discard)
+
+    async def _rotate(self, key: str, old: Prepared) -> None:
+        try:
+            made = await self._proved(old.plain)
+        except (SandboxError, ZygoteLost, OSError) as error:
+            log.warning("policy %s: no new zygote: %s", old.name, error)
+            await asyncio.sleep(RETIRE_SECONDS)
+            return
+        if self._prepared.get(key) is not old or self._closed:
+            await made.close()
+            return
+        self._prepared[key] = made
+        made.pool.open()
+        old.pool.close()
+        try:
+            while old.zygote.alive and not old.zygote.lost:
+                await asyncio.sleep(0.05)
+        finally:
+            await old.close()
 
     async def _proved(self, plain: dict[str, Any]) -> Prepared:
         """*plain* in force, with a first cell that tried to cross every wall."""
@@ -168,7 +243,7 @@ class Engine:
             if not self.config.walls_down:
                 await self._prove(made)
         except BaseException:
-            await made.zygote.close()
+            await made.close()
             raise
         return made
 
@@ -177,7 +252,7 @@ class Engine:
         """Nobody asked for it."""
         guess.cancel()
         with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError, ZygoteLost):
-            await (await guess).zygote.close()
+            await (await guess).close()
 
     async def _prove(self, made: Prepared) -> None:
         """Run the self-test in a first cell."""
@@ -195,7 +270,13 @@ class Engine:
             results=False,
         )
         run = CellRun(self, made, request, limits, "self-test", None)
-        header, texts, collected = await run.execute(0.0)
+        try:
+            header, texts, collected = await run.execute(0.0)
+        finally:
+            cell = run.cell
+            run.close()
+            if cell is not None:
+                await cell.death()  # its slot is the first run's
         collected.close()
         if header["status"] != "ok":
             raise Unavailable(
@@ -217,7 +298,7 @@ class Engine:
         emit: Emit | None,
         announce: Callable[[CellRun], None],
         notice: Callable[[str], Awaitable[None]] | None = None,
-    ) -> tuple[dict[str, Any], list[bytes], Collected]:
+    ) -> Answer:
         """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be
         cancelled; *notice* is told "queued" when it has to wait, and then "admitted".
 
@@ -240,8 +321,13 @@ class Engine:
                 answer = await run.execute(time.monotonic() - queued)
             finally:
                 self._leave()
+        except BaseException:
+            run.close()
+            raise
         finally:
             del self.live[identity], self.owners[identity]
+        # The answer goes first: what follows takes the kernel a while, on the same cores.
+        asyncio.get_running_loop().call_soon(run.close)
         try:
             await run.delivered()
         except BaseException:
@@ -282,7 +368,7 @@ class Engine:
         """Take one of max_running turns. The uids that wait are served in rotation, the runs of one uid in their order:
         who asks for a hundred runs stands in nobody's way. Raises Busy.
         """
-        if self._running < self.config.running() and not self._waiting:
+        if not self._waiting and (self._running < self.most_running or self._revoke()):
             self._running += 1
             return
         if self._queued >= self.config.max_queued:
@@ -324,18 +410,6 @@ class Engine:
                 return
         self._running -= 1
 
-    @staticmethod
-    def host_pid(pidfd: int) -> int | None:
-        """The pid behind *pidfd* as this process sees it, None once it is gone. Source: /proc/self/fdinfo,
-        pidfd_open(2).
-        """
-        with contextlib.suppress(OSError, ValueError), open(f"/proc/self/fdinfo/{pidfd}", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("Pid:"):
-                    pid = int(line.split()[1])
-                    return pid if pid > 0 else None
-        return None
-
     def list_runs(self, visible: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Facts of the live runs whose owner *visible* accepts."""
         return [
@@ -356,9 +430,13 @@ class Engine:
             run.cancel()
         if making:
             await asyncio.wait(making, timeout=2)
+        retired = [*self._retired]
+        for one in retired:
+            one.cancel()
+        if retired:
+            await asyncio.wait(retired, timeout=2)
         for prepared in self._prepared.values():
-            with contextlib.suppress(ZygoteLost):
-                await prepared.zygote.close()
+            await prepared.close()
         self._prepared.clear()
         if self._guess is not None:
             await self._forget(self._guess)
@@ -366,6 +444,8 @@ class Engine:
         deadline = time.monotonic() + 2
         while self.live and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
+        self.clock.close()
+        self.dying.close()
         self._undo.close()
 
     @staticmethod

@@ -73,6 +73,8 @@ class Outcome:
 def parse_finished(data: bytes) -> Finished:
     """The finished frame. It is hostile: anything that is not exactly one raises ProtocolError."""
     frame = loads(data)
+    if b"\\u" in data:
+        frame = _as_text(frame)
     if set(frame) != {"exit_code", "error", "results"}:
         raise ProtocolError("a finished frame has other keys")
     code, error, results = frame["exit_code"], frame["error"], frame["results"]
@@ -99,6 +101,17 @@ def parse_finished(data: bytes) -> Finished:
             if kind != "text/plain" or not isinstance(text, str) or len(text) > _RESULT:
                 raise ProtocolError("a finished frame's results are out of bounds")
     return Finished(code, error, [{"mime": one} for one in results], number)
+
+
+def _as_text(value: Any) -> Any:
+    """*value* with a question mark for each lone surrogate: what a program says is text, which UTF-8 can hold."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_as_text(one) for one in value]
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(one) for key, one in value.items()}
+    return value
 
 
 def judge(seen: Evidence) -> Outcome:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import rootfs, seccomp
+from sandboxd.engine.pool import Pool
 from sandboxd.errors import PolicyError, Unavailable
 from sandboxd.interpreter import Interpreter
 from sandboxd.limits import defaults
@@ -59,12 +61,32 @@ class Prepared:
     profile_sha256: str
     missing: list[str]
     engine: Engine
+    pool: Pool = field(init=False)
+    _receipts: dict[int, dict[str, Any]] = field(default_factory=dict)
+    serial: int = field(default_factory=itertools.count().__next__)
+    """Another one for each zygote."""
+
+    def __post_init__(self) -> None:
+        self.pool = Pool(self.engine, self)
+
+    def rename(self, plain: dict[str, Any]) -> None:
+        """Serve the policy *plain*, of the same essence, from now on; before the pool is open."""
+        self.name, self.plain, self.limits = plain["name"], plain, dict(plain["limits"])
+        self.pool = Pool(self.engine, self)
+
+    async def close(self) -> None:
+        """End every cell, and the zygote."""
+        self.pool.close()
+        await self.zygote.close()
 
     def receipt(self, slot: int) -> dict[str, Any]:
         """The Result's ``isolation``."""
+        known = self._receipts.get(slot)
+        if known is not None:
+            return known
         engine = self.engine
         facts = engine.instance.facts()
-        return {
+        receipt = self._receipts[slot] = {
             "namespaces": list(NAMESPACES),
             "cgroup": {"version": facts["version"], "controllers": list(facts["controllers"])},
             "seccomp": {"policy": self.filter_name, "sha256": self.profile_sha256},
@@ -75,6 +97,7 @@ class Prepared:
             "kernel": engine.kernel,
             "missing": list(self.missing),
         }
+        return receipt
 
 
 LIKELY: Final[dict[str, Any]] = {
@@ -159,18 +182,19 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     python = await asyncio.to_thread(Interpreter.probe, chosen_python) if chosen_python else Interpreter.current()
     marker = engine.config.marker_errno
     if marker is None:
-        filter_program = await asyncio.to_thread(seccomp.cached_compile, profile, None)
+        filters = await asyncio.to_thread(seccomp.cached_layers, profile)
     else:
-        filter_program = await asyncio.to_thread(functools.partial(seccomp.compile, profile, marker_errno=marker))
+        filters = await asyncio.to_thread(functools.partial(seccomp.compile_layers, profile, marker_errno=marker))
     zygote = engine.bodies.take(python)
     try:
         await zygote.prepare(
             ZygoteConfig(
                 preload=runtime["preload"],
                 warmup=runtime["warmup"],
-                filter_program=filter_program,
+                filters=filters,
                 landlock_abi=wanted["landlock_abi"],
                 walls_down=frozenset(stage for name in down for stage in WALLS[name]),
+                extra=engine.config.zygote,
             )
         )
     except BaseException:

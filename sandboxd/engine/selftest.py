@@ -65,7 +65,7 @@ facts = {
     "device-ioctl": call(16, null, 0x5401, ctypes.create_string_buffer(64)),
     "nice": max(0, -os.getpriority(os.PRIO_PROCESS, 0)), "policy": os.sched_getscheduler(0),
     "personality": max(0, libc.syscall(135, ctypes.c_ulong(0xFFFFFFFF))),  # -1: this filter lets nobody ask
-    "nnp": status["NoNewPrivs"], "seccomp": status["Seccomp"],
+    "nnp": status["NoNewPrivs"], "seccomp": status["Seccomp"], "filters": int(status["Seccomp_filters"]),
     "fds": descriptors,
     "links": [line.split(":")[0].strip() for line in open("/proc/self/net/dev").readlines()[2:]],
     "routes": len(open("/proc/self/net/route").readlines()[1:]),
@@ -76,6 +76,8 @@ print(json.dumps([seen, facts]))
 
 
 # What the filter alone refuses: a policy that allows such a call has taken that wall down itself, and its hash says so.
+LAYERS: Final = 2
+"""Of the policy's filter: one that cells inherit, and each cell's own."""
 FILTER_ALONE: Final = {"socket-inet": (41, (2, 1, 0, 0, 0, 0)), "keyctl": (250, (0, 2**64 - 3, 0, 0, 0, 0))}
 
 
@@ -100,6 +102,7 @@ def verify(stdout: str, guest_uid: int, landlock_abi: int, profile: Profile) -> 
         "personality": 0,
         "nnp": "1",
         "seccomp": "2",
+        "filters": filters_of_ours() + LAYERS,
         "fds": [0, 1, 2, 3],
         "links": ["lo"],
         "routes": 0,
@@ -116,6 +119,14 @@ def verify(stdout: str, guest_uid: int, landlock_abi: int, profile: Profile) -> 
         broken.append("other processes are visible in /proc")
     if broken:
         raise _failed("; ".join(broken))
+
+
+def filters_of_ours() -> int:
+    """Seccomp filters that this process is under itself, a container's for example: cells inherit them. Source:
+    /proc/self/status, proc_pid_status(5), Linux 5.9.
+    """
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("Seccomp_filters:")), 0)
 
 
 def _failed(what: str) -> Unavailable:

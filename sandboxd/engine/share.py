@@ -27,12 +27,14 @@ class Share:
     def __init__(self, free: bool) -> None:
         self._free = free
         self._lock = asyncio.Lock()
-        self._until = 0.0
+        self._until = self._spent = 0.0
 
     async def turn(self) -> None:
         """Until the next packet may be taken. What it costs must be ``counted`` before the caller suspends again."""
         if self._free:
-            await asyncio.sleep(0)
+            if self._spent > _SMALL_SECONDS:  # not each time: going round costs as much as a small request
+                self._spent = 0.0
+                await asyncio.sleep(0)
             return
         async with self._lock:
             wait = self._until - time.monotonic()
@@ -46,6 +48,7 @@ class Share:
             yield
         finally:
             now = time.monotonic()
+            self._spent += now - begun
             self._until = max(self._until, begun) + (now - begun) * 2
             if not self._free and self._until - now > _SMALL_SECONDS:
                 # Keeps this object: who hangs up and comes again is still the same.

@@ -6,11 +6,14 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from sandboxd.zygote import Entry
+
 if TYPE_CHECKING:
     from sandboxd.cgroup import Instance, Leaf
 
 __all__ = ["Slot", "Slots"]
 
+FEW: Final = 64
 _RETRY_SECONDS: Final = 0.05
 log = logging.getLogger("sandboxd.engine")
 
@@ -18,11 +21,41 @@ log = logging.getLogger("sandboxd.engine")
 class Slot:
     """One slot: its number decides the uid; its leaf is made when first needed and kept while it may be used again."""
 
-    __slots__ = ("index", "leaf")
+    __slots__ = ("_entry", "_leaf", "index")
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.leaf: Leaf | None = None
+        self._leaf: Leaf | None = None
+        self._entry: Entry | None = None
+
+    @property
+    def leaf(self) -> Leaf:
+        """Its cgroup leaf. Raises LookupError when it has none, which ``Slots.take`` sees to."""
+        if self._leaf is None:
+            raise LookupError(f"slot {self.index} has no leaf")
+        return self._leaf
+
+    @property
+    def entry(self) -> Entry:
+        """How a cell enters the leaf."""
+        if self._entry is None:
+            self._entry = Entry(self.leaf.clone_fd, self.leaf.entry_fds())
+        return self._entry
+
+    def doze(self) -> None:
+        """Of so many live cells, this one's leaf is not needed before its end."""
+        if self._leaf is not None:
+            self._entry = None
+            self._leaf.doze()
+
+    def has_leaf(self) -> bool:
+        """Whether ``leaf`` is there."""
+        return self._leaf is not None
+
+    def put(self, leaf: Leaf | None) -> Leaf | None:
+        """Give it another leaf, or none; returns the one it had."""
+        before, self._leaf, self._entry = self._leaf, leaf, None
+        return before
 
 
 class Slots:
@@ -32,6 +65,7 @@ class Slots:
         self._instance = instance
         self._zygote_uid = zygote_uid
         self._free = [Slot(index) for index in range(capacity - 1, -1, -1)]
+        self._capacity = capacity
         self._leaving: list[Leaf] = []
         self._abandoned: dict[Leaf, Slot] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -40,8 +74,8 @@ class Slots:
         """A free slot with a leaf. Raises OSError when the leaf cannot be made, IndexError when none is free."""
         slot = self._free.pop()
         try:
-            if slot.leaf is None:
-                slot.leaf = self._instance.make_leaf(slot.index)
+            if not slot.has_leaf():
+                slot.put(self._instance.make_leaf(slot.index))
                 slot.leaf.clone_owner(self._zygote_uid)
         except BaseException:
             self._drop_leaf(slot)
@@ -54,7 +88,7 @@ class Slots:
         another.
         """
         try:
-            if slot.leaf is not None and not slot.leaf.reusable():
+            if slot.has_leaf() and not slot.leaf.reusable():
                 self._drop_leaf(slot)
         except OSError:
             self._drop_leaf(slot)
@@ -68,7 +102,7 @@ class Slots:
         self._drop_leaf(slot)
 
     def _drop_leaf(self, slot: Slot) -> None:
-        leaf, slot.leaf = slot.leaf, None
+        leaf = slot.put(None)
         if leaf is not None:
             self._leaving.append(leaf)
             self._remove_leaving()
@@ -87,6 +121,16 @@ class Slots:
         self._leaving = staying
         if staying:
             self._timer = asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._remove_leaving)
+
+    @property
+    def many(self) -> bool:
+        """Whether so many are in use that each should hold as few descriptors as it can."""
+        return self._capacity - len(self._free) > FEW
+
+    @property
+    def free(self) -> int:
+        """How many can be taken."""
+        return len(self._free)
 
     def close(self) -> None:
         """Stop retrying; what is left goes with the instance."""

@@ -22,7 +22,7 @@ from sandboxd.wire import check_guest_path
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Collected", "Known", "collect", "is_untouched", "put_files", "put_source", "settled", "usage"]
+__all__ = ["Collected", "Known", "collect", "is_untouched", "make_source", "put_files", "settled", "usage"]
 
 DEPTH: Final = 64
 ENTRIES: Final = 100_000
@@ -55,15 +55,18 @@ class Collected:
             os.close(fd)
 
 
-def put_source(directory: int, name: str, source: bytes, owner: int) -> None:
-    """Write the program's text into the /code file system as host uid *owner*: readable, not the cell's to change."""
+def make_source(directory: int, name: str, owner: int) -> int:
+    """Make the program's file in the /code file system as host uid *owner*: readable, not the cell's to change. Returns
+    a descriptor to write it by. Raises OSError.
+    """
     with native.as_file_owner(owner, owner):
         fd = native.open_beneath(directory, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
     try:
         os.fchmod(fd, 0o444)  # whatever the engine's umask is
-        _write_all(fd, source)
-    finally:
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def put_files(workspace: int, files: Iterable[tuple[str, memoryview]], uid: int) -> Known:

@@ -114,6 +114,29 @@ _HUGE_PAGES = (
         why="the filter; a kernel whose pool is empty says the same",
     ),
     Attack(
+        "madvise-collapse",
+        "huge pages of the image that all cells share",
+        """
+        area = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        area.write(bytes(8 << 20))
+        start = -(-ctypes.addressof(ctypes.c_char.from_buffer(area)) // (2 << 20)) * (2 << 20)
+        call("madvise", start, 2 << 20, 25)
+        """,
+        "EINVAL",
+        {"seccomp": "EINVAL"},
+        absent=("EAGAIN", "ENOMEM", "EBUSY"),
+    ),
+    Attack(
+        "madvise-pageout",
+        "pages of the image that all cells share written out",
+        """
+        page = mmap.mmap(-1, 4096)
+        call("madvise", ctypes.addressof(ctypes.c_char.from_buffer(page)), 4096, 21)
+        """,
+        "EINVAL",
+        {"seccomp": "EINVAL"},
+    ),
+    Attack(
         "madvise-mergeable",
         "find pages of others by the time that merged ones take to be written",
         """
