@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
+import common
 
 from sandboxd import Result, Sandbox
+from sandboxd.bench import facts
+from sandboxd.bench.stats import percentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +32,6 @@ def milliseconds(action: Callable[[], object]) -> float:
     start = time.perf_counter()
     action()
     return (time.perf_counter() - start) * 1e3
-
-
-def percentile(samples: list[float], share: float) -> float:
-    """The smallest sample that *share* of all samples do not exceed."""
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def command(arguments: list[str], count: int) -> list[float]:
@@ -52,20 +46,10 @@ def command(arguments: list[str], count: int) -> list[float]:
 
 def memory(engine: int) -> dict[str, float]:
     """PSS and USS of *engine* and all below it (nursery, zygote), together, in MiB. Source: /proc/PID/smaps_rollup."""
-    pss = uss = 0
-    top = psutil.Process(engine)
-    for process in [top, *top.children(recursive=True)]:
-        try:
-            rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
-        except ProcessLookupError:  # a zombie: the init of the last cell, which the nursery is about to reap
-            continue
-        for line in rollup.splitlines():
-            key, _, value = line.partition(":")
-            if key == "Pss":
-                pss += int(value.split()[0])
-            elif key in ("Private_Clean", "Private_Dirty"):
-                uss += int(value.split()[0])
-    return {"pss_mib": round(pss / 1024, 1), "uss_mib": round(uss / 1024, 1)}
+    # None: a zombie, the init of the last cell, which the nursery is about to reap.
+    found = [sizes for process in common.processes(engine) if (sizes := common.rollup(process.pid)) is not None]
+    uss, pss = (sum(sizes) / (1 << 20) for sizes in zip(*found, strict=True))
+    return {"pss_mib": round(pss, 1), "uss_mib": round(uss, 1)}
 
 
 def checked(result: Result, value: str) -> Result:
@@ -96,8 +80,7 @@ def policy(name: str, starts: int, runs: int) -> dict[str, Any]:
                     result = sandbox.run("1+1")
                     warm.append((time.perf_counter() - begun) * 1e3)
                     kept.append(checked(result, "2"))
-                assert sandbox._engine is not None  # an embedded one
-                held = memory(sandbox._engine.pid)
+                held = memory(common.engine_pid(sandbox))
         finally:
             ended = milliseconds(sandbox.close)
         if number:  # the first warms the host's caches
@@ -124,23 +107,6 @@ def policy(name: str, starts: int, runs: int) -> dict[str, Any]:
     }
 
 
-def host() -> dict[str, Any]:
-    """What the figures depend on."""
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "cpu": model,
-        "cpus": os.cpu_count(),
-        "load_1min": os.getloadavg()[0],
-        "mounts": len(Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()),
-    }
-
-
 def row(what: str, samples: list[float]) -> str:
     """One line of the table."""
     p50, p99 = percentile(samples, 0.50), percentile(samples, 0.99)
@@ -158,7 +124,7 @@ def main() -> None:
     parser.add_argument("--policies", default="default,data", metavar="A,B", help="policies (default default,data)")
     chosen = parser.parse_args()
 
-    about = host()
+    about = facts.host()
     sandboxd = [sys.executable, "-m", "sandboxd", "run", "-c", "print(1)"]
     commands = command(sandboxd, chosen.commands)
     bare = command([sys.executable, "-c", "print(1)"], chosen.commands)
