@@ -59,7 +59,7 @@ JSON_BYTES: Final = 8 << 20
 JSON_DEPTH: Final = 32
 JSON_VALUES: Final = 500_000  # 100,000 files are 300,000
 PAYLOAD_BYTES: Final = 4 << 30
-LEAVES: Final = 8
+LEAVES: Final = 3
 """Cgroup leaves whose descriptors a caller of an embedded engine keeps; with one more it forgets them all."""
 CLOSING_MAX: Final = 512
 """Descriptors of one owner that are still being closed; with more, its packets should not be taken any more."""
