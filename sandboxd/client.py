@@ -361,6 +361,7 @@ class Sandbox:
             self._busy.add(sock)
         sock.setblocking(True)
         keep = False
+        lease: Direct | None = None
         try:
             try:
                 lease = self._lease(sock)
@@ -377,7 +378,7 @@ class Sandbox:
             return result
         except OSError:
             self._check_open()
-            raise ConnectionLost(True) from None
+            raise ConnectionLost(lease is not None and lease.handed_over) from None
         except SandboxError as error:
             keep = not isinstance(error, ConnectionLost | ProtocolError)
             self._check_open()

@@ -100,7 +100,7 @@ class Leaf:
 class Direct:
     """One parked cell, lent to this process: ``start`` and ``finish`` once, then ``close``."""
 
-    __slots__ = ("_fds", "_leaf", "_raw", "_reading", "_setup", "_started", "identity")
+    __slots__ = ("_fds", "_leaf", "_raw", "_reading", "_setup", "_started", "handed_over", "identity")
 
     def __init__(self, message: dict[str, Any], fds: list[int], leaf: Leaf) -> None:
         """Of a lease's message; the descriptors are this object's from now on, the leaf stays the connection's."""
@@ -110,6 +110,7 @@ class Direct:
         self._fds = fds  # channel, stdout, stderr, workspace, source, alarm
         self._raw = (b"", b"")
         self._started = self._setup = 0.0
+        self.handed_over = False
 
     def start(self, source: bytes, message: bytes) -> None:
         """Set the engine's alarm and hand the program over."""
@@ -121,7 +122,7 @@ class Direct:
             (alarm, file, channel, int(PATIENCE_SECONDS * 1e9), text, packet, len(source), len(message)),
         )
         self._started = time.monotonic()
-        lib.sbx_hand_over(given)  # a refusal: the cell is dead; the engine will say why
+        self.handed_over = lib.sbx_hand_over(given) >= 0  # refused: the cell is dead; the engine will say why
         self._setup = self._started - begun
 
     def finish(self, sock: socket.socket) -> Result | None:

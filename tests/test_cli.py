@@ -285,7 +285,7 @@ def test_code_and_arguments_reach_the_client(stand: Stand) -> None:
     assert stand.asked["env"] == {"A": "1", "B": "x=y"}
     assert stand.asked["stdin"] is None
     assert (stand.asked["filename"], stand.asked["results"]) == ("main.py", True)
-    assert stand.opened == {}
+    assert stand.opened == {"pool": {"maximum": 1}}
 
 
 def test_a_file_is_read_and_named(stand: Stand, tmp_path: Path) -> None:

@@ -544,12 +544,14 @@ def test_an_engine_that_is_killed_under_a_direct_run_is_connectionlost() -> None
     before = leftovers.snapshot()
     sandbox = Sandbox(pool=FIXED)
     ready(sandbox)
+    victims = leftovers.descendants(engine_of(sandbox))
     timer = threading.Timer(0.2, os.kill, (engine_of(sandbox), signal.SIGKILL))
     timer.start()
     with pytest.raises(ConnectionLost) as lost:
         sandbox.run("while True: pass")
     assert lost.value.may_have_started
     timer.join()
+    leftovers.eventually(lambda: all_gone(victims), 5, "what it held is gone")
     with pytest.raises(ConnectionLost) as late:
         sandbox.run("print(1)")
     assert not late.value.may_have_started
