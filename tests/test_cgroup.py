@@ -50,7 +50,9 @@ def without_v2(layout: Layout) -> Layout:
 def roots() -> list[str]:
     layout = discover()
     found = [hierarchy.mount_point for hierarchy in layout.v1]
-    found += [hierarchy.mount_point for hierarchy in (layout.v2, layout.accounting) if hierarchy is not None]
+    found += [
+        hierarchy.mount_point for hierarchy in (layout.v2, layout.accounting, layout.freezer) if hierarchy is not None
+    ]
     return found
 
 
@@ -409,6 +411,38 @@ def test_kill_takes_frozen_processes_too(twin_instance: Instance) -> None:
         assert not leaf.is_frozen()
 
 
+def frozen(leaf: Leaf) -> None:
+    leaf.freeze(True)
+    deadline = time.monotonic() + 10
+    while not leaf.is_frozen():
+        assert time.monotonic() < deadline
+
+
+def test_what_is_frozen_stops_until_it_is_thawed(instance: Instance) -> None:
+    with instance.make_leaf(0) as leaf, child("print('on', flush=True)\nsys.stdin.readline()") as process:
+        leaf.attach(process.pid)
+        frozen(leaf)
+        go(process)
+        assert process.stdout is not None
+        assert not readable(process.stdout.fileno(), 0.1)
+        leaf.thaw()
+        assert line_from(process) == "on"
+        assert not leaf.is_frozen()
+
+
+def test_kill_takes_frozen_processes_on_any_host(instance: Instance) -> None:
+    with instance.make_leaf(0) as leaf, child("print('on', flush=True)") as process:
+        leaf.attach(process.pid)
+        frozen(leaf)
+        go(process)
+        leaf.kill()
+        leaf.thaw()
+        assert process.wait(timeout=10) == -signal.SIGKILL
+        assert process.stdout is not None
+        assert process.stdout.read() == ""
+        assert leaf.is_empty()
+
+
 def test_populated_fd_tells_the_end(twin_instance: Instance) -> None:
     with twin_instance.make_leaf(0) as leaf, child("signal.pause()") as process:
         leaf.attach(process.pid)
@@ -433,15 +467,16 @@ def test_zombie_keeps_a_leaf_from_being_empty(instance: Instance) -> None:
         assert leaf.is_empty()
 
 
-def test_leaf_without_v2_has_no_freezer_and_says_so(layout: Layout) -> None:
+def test_leaf_without_v2_and_without_a_freezer_says_so(layout: Layout) -> None:
     if not layout.v1 or (layout.v2 is not None and layout.v2.controllers):
         pytest.skip("controllers are on v2 here")
-    with Instance.create(without_v2(layout), BOUNDS) as instance, instance.make_leaf(0) as leaf:
+    bare = dataclasses.replace(without_v2(layout), freezer=None)
+    with Instance.create(bare, BOUNDS) as instance, instance.make_leaf(0) as leaf:
         assert instance.facts()["version"] == "v1"
         assert not instance.facts()["twin"]
         assert leaf.clone_fd is None
         assert leaf.populated_fd is None
-        with pytest.raises(OSError, match=r"cgroup\.freeze") as caught:
+        with pytest.raises(OSError, match="freezer") as caught:
             leaf.freeze(True)
         assert caught.value.errno == errno.ENOTSUP
 

@@ -42,14 +42,15 @@ class Layout:
 
     *v1* are hierarchies with limits, a joint mount once. *v2* holds the controllers that no v1 hierarchy has; without
     any of ours it is still the twin: cgroup.kill, cgroup.freeze, cgroup.events, CLONE_INTO_CGROUP and CPU time.
-    *accounting* is the v1 cpuacct hierarchy, for hosts without v2. *missing* are needed controllers that no mount can
-    have.
+    *accounting* and *freezer* are the v1 hierarchies of cpuacct and freezer, for hosts without v2. *missing* are needed
+    controllers that no mount can have.
     """
 
     v1: tuple[Hierarchy, ...]
     v2: Hierarchy | None
     accounting: Hierarchy | None
     missing: tuple[str, ...]
+    freezer: Hierarchy | None = None
 
     @property
     def version(self) -> Literal["v1", "v2", "hybrid"]:
@@ -165,4 +166,5 @@ def discover(mountinfo: str | None = None, self_cgroup: str | None = None) -> La
         v2=v2,
         accounting=_hierarchy(on_v1("cpuacct"), own_v1.get("cpuacct"), ("cpuacct",)),
         missing=() if v2 is not None else rest,
+        freezer=_hierarchy(on_v1("freezer"), own_v1.get("freezer"), ("freezer",)),
     )

@@ -142,7 +142,9 @@ class Instance:
                         "mount the cpuacct hierarchy, or cgroup v2 (mkdir DIR && mount -t cgroup2 none DIR)",
                         "nothing measures the CPU time of a cell: there is neither cgroup v2 nor cpuacct",
                     )
-                hierarchies = _with_accounting(hierarchies, layout.accounting)
+                hierarchies = _joined(hierarchies, layout.accounting)
+                if layout.freezer is not None:
+                    hierarchies = _joined(hierarchies, layout.freezer)
             for hierarchy in hierarchies:
                 try:
                     place = Place(hierarchy, hierarchy.mount_point, name)
@@ -288,13 +290,13 @@ class Instance:
         self.close()
 
 
-def _with_accounting(hierarchies: list[Hierarchy], accounting: Hierarchy) -> list[Hierarchy]:
-    """*hierarchies* with cpuacct: in the directory of a joint mount, else as one more."""
-    joint = [place for place in hierarchies if place.mount_point == accounting.mount_point]
+def _joined(hierarchies: list[Hierarchy], extra: Hierarchy) -> list[Hierarchy]:
+    """*hierarchies* with the controller of *extra*: in the directory of a joint mount, else as one more."""
+    joint = [place for place in hierarchies if place.mount_point == extra.mount_point]
     if not joint:
-        return [*hierarchies, accounting]
+        return [*hierarchies, extra]
     first = joint[0]
-    both = Hierarchy(1, first.mount_point, (*first.controllers, "cpuacct"), first.own, first.read_only)
+    both = Hierarchy(1, first.mount_point, (*first.controllers, *extra.controllers), first.own, first.read_only)
     return [both if place is first else place for place in hierarchies]
 
 

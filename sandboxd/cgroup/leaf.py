@@ -150,6 +150,10 @@ class Leaf:
             v2.Bandwidth(cpu, fds, numbers) if cpu is groups.v2 else v1.Bandwidth(cpu, fds, numbers)
         )
         self._life = None if groups.v2 is None else v2.LifeCycle(groups.v2, fds, numbers)
+        self._freezer: v1.Freezer | v2.LifeCycle | None = self._life
+        if self._life is None and "freezer" in groups.v1:
+            self._freezer = v1.Freezer(groups.of("freezer"))
+        self._stopped = False
         self._entries = [fds.file(group, "tasks", os.O_WRONLY) for group in groups.v1_distinct()]
 
     # Descriptors
@@ -302,15 +306,24 @@ class Leaf:
         return None if self._life is None else self._life.events_fd()
 
     def freeze(self, on: bool) -> None:
-        """Ask the kernel to stop or continue all tasks; ``is_frozen`` says when it did. OSError ENOTSUP without v2."""
-        if self._life is None:
-            raise OSError(errno.ENOTSUP, f"cgroup.freeze: {os.strerror(errno.ENOTSUP)}", self.name)
-        self._life.freeze(on)
+        """Ask the kernel to stop or continue all tasks; ``is_frozen`` says when it did. OSError ENOTSUP where neither
+        v2 nor the freezer of v1 is mounted.
+        """
+        if self._freezer is None:
+            raise OSError(errno.ENOTSUP, f"freezer: {os.strerror(errno.ENOTSUP)}", self.name)
+        self._stopped = True  # also when it is refused: continuing what runs does no harm
+        self._freezer.freeze(on)
+        self._stopped = on
 
     def is_frozen(self) -> bool:
         """Whether every task is stopped."""
         self._wake()
-        return self._life is not None and self._life.frozen()
+        return self._freezer is not None and self._freezer.frozen()
+
+    def thaw(self) -> None:
+        """Continue what ``freeze`` stopped, if it did. What was killed meanwhile dies."""
+        if self._stopped:
+            self.freeze(False)
 
     def unthrottle(self) -> None:
         """Lift the CPU quota: what was killed has to run its own end, and would do so at the pace of the quota."""
@@ -332,6 +345,7 @@ class Leaf:
         self._limits = None
         self._pids.set_limit(0)
         kill_listed(self._groups.v1_distinct, deadline=None)
+        self.thaw()
 
     def reusable(self) -> bool:
         """Whether another run may use this leaf: seen empty, memory back below 1 MiB, and the next run's peaks its own.
@@ -343,6 +357,8 @@ class Leaf:
         self._wake()
         if self._pids.current() or (self._life is not None and (self._life.populated() or self._life.frozen())):
             return False  # a frozen one: the next cell would be born stopped
+        if self._stopped:
+            return False
         self._numbers.refresh()
         return (
             (self._memory.peak_resettable or not self._begun)

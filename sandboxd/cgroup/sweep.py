@@ -35,8 +35,7 @@ def sweep(layout: Layout) -> list[Swept]:
     At most 4 s for each of them. A directory that we may not open or lock is left out.
     """
     roots = {hierarchy.mount_point for hierarchy in layout.v1}
-    if layout.accounting is not None:
-        roots.add(layout.accounting.mount_point)
+    roots.update(one.mount_point for one in (layout.accounting, layout.freezer) if one is not None)
     if layout.v2 is not None:
         roots.update((layout.v2.mount_point, *v2_roots(layout.v2)))
     found: dict[str, list[str]] = {}
@@ -100,6 +99,9 @@ def _kill_below(directories: list[Group]) -> int:
             directory.write("cgroup.kill", "1")
         with suppress(OSError):
             directory.write("pids.max", "0")  # nothing forks below it any more
+        for group in _below(directory) if directory.has("freezer.state") else ():
+            with suppress(OSError):
+                group.write("freezer.state", "THAWED")  # on v1 a frozen process does not even die
     if met:
         kill_listed(
             lambda: [group for directory in directories for group in _below(directory)],
