@@ -9,7 +9,7 @@ import threading
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from sandboxd import protocol
-from sandboxd.client import CANCEL_SECONDS, Sandbox
+from sandboxd.client import CANCEL_SECONDS, DESCRIPTORS, RUN_DEFAULTS, Sandbox
 from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError, later
 from sandboxd.waiting import readable, writable
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from sandboxd.exchange import Exchange, FileContent, TextCallback
+    from sandboxd.exchange import Exchange, FileContent, TextCallback, ToolHost
     from sandboxd.policy import Limits, Policy
     from sandboxd.protocol import Packet
     from sandboxd.result import Result
@@ -43,10 +43,14 @@ class AsyncSandbox:
         memory_bytes: int | str | None = None,
         ids: str | None = None,
         pool: Mapping[str, float] | None = None,
+        audit: str | Path | None = None,
     ) -> None:
+        if isinstance(audit, str | os.PathLike) and str(audit):
+            audit = os.path.abspath(audit)  # of this moment's working directory
         self._start = lambda: Sandbox(
-            policy, limits=limits, max_running=max_running, memory_bytes=memory_bytes, ids=ids, pool=pool
+            policy, limits=limits, max_running=max_running, memory_bytes=memory_bytes, ids=ids, pool=pool, audit=audit
         )
+        self._declared: tuple[str | Path | Policy | None, Limits | None] = (policy, limits)
         self._prepare()
 
     @classmethod
@@ -54,6 +58,7 @@ class AsyncSandbox:
         """On the daemon at *address*, which is called when it is first needed."""
         self = cls.__new__(cls)
         self._start = lambda: Sandbox.connect(address, policy=policy, limits=limits)
+        self._declared = (None, limits)
         self._prepare()
         return self
 
@@ -109,6 +114,19 @@ class AsyncSandbox:
             on_stdout=on_stdout,
             on_stderr=on_stderr,
         )
+        return await self._perform(sandbox, exchange)
+
+    async def _run_with_tools(self, code: str | bytes, tools: ToolHost, **arguments: Any) -> Result:
+        """As ``Sandbox._run_with_tools``."""
+        sandbox = await self._opened()
+        try:
+            exchange = sandbox._exchange(code, tools=tools, **{**RUN_DEFAULTS, **arguments})
+            return await self._perform(sandbox, exchange)
+        finally:
+            tools.end()
+
+    @staticmethod
+    async def _perform(sandbox: Sandbox, exchange: Exchange) -> Result:
         while True:
             sock, fresh = sandbox._connection()
             sock.setblocking(False)
@@ -224,8 +242,8 @@ async def _send(sock: socket.socket, buffers: Sequence[Any], fd: int) -> None:
 async def _receive(sock: socket.socket) -> Packet | None:
     while True:
         try:
-            return protocol.receive(sock)
+            return protocol.receive(sock, descriptors=DESCRIPTORS)
         except BlockingIOError:
             await readable(sock.fileno())
         except ConnectionResetError:
-            return protocol.receive(sock)  # as in sandboxd.client
+            return protocol.receive(sock, descriptors=DESCRIPTORS)  # as in sandboxd.client

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's pr
     from types import TracebackType
 
     from sandboxd.direct import Direct, Offers
-    from sandboxd.exchange import Exchange, FileContent, TextCallback
+    from sandboxd.exchange import Exchange, FileContent, TextCallback, ToolHost
     from sandboxd.limits import LimitValue
     from sandboxd.policy import Limits, Policy
     from sandboxd.result import Result
@@ -41,6 +41,18 @@ __all__ = ["Sandbox", "parse_address", "ps"]
 CANCEL_SECONDS: Final = 2.0
 IDLE_CONNECTIONS: Final = 16
 INTERRUPT_MILLISECONDS: Final = 200
+RUN_DEFAULTS: Final[Mapping[str, Any]] = {
+    "language": "python",
+    "limits": None,
+    "args": (),
+    "files": None,
+    "stdin": None,
+    "env": None,
+    "filename": "main.py",
+    "results": True,
+    "on_stdout": None,
+    "on_stderr": None,
+}
 DESCRIPTORS: Final = 64
 """Room for those of a lease."""
 
@@ -132,12 +144,15 @@ class Sandbox:
     the runs at once (default: 4 for each CPU), *memory_bytes* the engine with all its runs (a number or a size such as
     "4G"; default: 80 % of what there is), *ids* names the range of host ids ("base:count"). *pool* bounds the cells
     that are kept ready: ``minimum``, ``maximum`` (0 keeps none), ``memory_bytes``, ``age_seconds``, and how long a
-    zygote serves: ``zygote_cells``, ``zygote_seconds``.
+    zygote serves: ``zygote_cells``, ``zygote_seconds``. *audit* is a file to which each run is recorded with its source
+    and its end, one JSON line for each; it is made when it is not there.
 
     Raises PolicyError for a wrong policy, Unavailable when this host cannot enforce it.
     """
 
     _engine: EngineProcess | None
+    _declared: tuple[Policy | None, Limits | None] = (None, None)
+    """What this process knows of the limits, for descriptions: its own policy, or what it asked of a daemon."""
 
     def __init__(
         self,
@@ -153,8 +168,8 @@ class Sandbox:
         _marker_errno: int | None = None,
     ) -> None:
         self._prepare(None, {})
-        if audit is not None:
-            raise later("the audit record comes")
+        if audit is not None and (not isinstance(audit, str | Path) or not str(audit) or "\0" in str(audit)):
+            raise PolicyError(f"audit must be the path of a file, not {shown(audit)}.", key="audit")
         _check_policy(policy)
         _check_limits(limits)
         memory_bytes = _checked_memory(memory_bytes)
@@ -172,6 +187,7 @@ class Sandbox:
                     "memory_bytes": memory_bytes,
                     "ids": ids,
                     "pool": None if pool is None else dict(pool),
+                    "audit": None if audit is None else {"path": os.path.abspath(audit)},
                     "walls_down": list(_walls_down),
                     "marker_errno": _marker_errno,
                 }
@@ -186,6 +202,7 @@ class Sandbox:
             engine.close()
             raise
         self._engine = engine
+        self._declared = (chosen, None)
         self._closed = False
 
     @classmethod
@@ -200,6 +217,7 @@ class Sandbox:
         _check_limits(limits)
         self = cls.__new__(cls)
         self._prepare(policy, {} if limits is None else limits.plain())
+        self._declared = (None, limits)
         self._path = parse_address(address)
         self._give_back(self._greeted(open_daemon(self._path)))
         self._closed = False
@@ -279,6 +297,14 @@ class Sandbox:
             if cancel.asked and not error.may_have_started:
                 raise KeyboardInterrupt from None
             raise
+
+    def _run_with_tools(self, code: str | bytes, tools: ToolHost, **arguments: Any) -> Result:
+        """As ``run``, for a program that may call *tools*; arguments as there."""
+        given = {**RUN_DEFAULTS, **arguments}
+        try:
+            return self._perform(self._exchange(code, tools=tools, **given), None)
+        finally:
+            tools.end()
 
     def _perform(self, exchange: Exchange, cancel: Cancel | None) -> Result:
         """Run it on a connection of its own. Raises as ``run`` does."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
-from sandboxd.engine.config import EngineConfig
+from sandboxd.engine.config import AuditSettings, EngineConfig
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
@@ -50,8 +50,8 @@ CLIENTS_SHARE: Final = 4
 """One uid may have this part of max_clients."""
 PAUSE_SECONDS: Final = 0.1
 CLOSE_SECONDS: Final = 2.0
-_ENGINE_KEYS: Final = ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "ids", "pool")
-_LATER: Final = ("audit",)
+AUDIT: Final = Path("/var/log/sandboxd/audit.jsonl")
+_ENGINE_KEYS: Final = ("max_running", "max_queued", "max_clients", "memory_bytes", "pids", "ids", "pool", "audit")
 _UCRED: Final = struct.Struct("=iII")
 
 
@@ -63,7 +63,7 @@ class DaemonConfig:
     group: str | None = GROUP
     policies_dir: Path | None = None
     default_policy: str = "default"
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = field(default_factory=lambda: EngineConfig(audit=AuditSettings(str(AUDIT))))
 
 
 def load_config(path: Path | None) -> DaemonConfig:
@@ -90,8 +90,6 @@ def _read_config(chosen: Path, may_be_missing: bool) -> DaemonConfig:
     known = ("socket", "group", "policies_dir", "default_policy", *_ENGINE_KEYS)
     values: dict[str, Any] = {}
     for key, value in table.items():
-        if key in _LATER:
-            raise PolicyError(f"{key!r} comes in a later version; take it out.", key=key)
         if key not in known:
             raise PolicyError(f"{key!r} is not a setting. They are {', '.join(known)}.", key=key)
         if key not in _ENGINE_KEYS and not (isinstance(value, str) and value):
@@ -99,6 +97,7 @@ def _read_config(chosen: Path, may_be_missing: bool) -> DaemonConfig:
         values[key] = value
     if "memory_bytes" in values:
         values["memory_bytes"] = _size("memory_bytes", values["memory_bytes"])
+    values["audit"] = _audit(values.get("audit", {}))
     engine = EngineConfig.from_plain({key: values.pop(key) for key in _ENGINE_KEYS if key in values})
     if engine.ids is not None:
         try:
@@ -126,6 +125,35 @@ def _size(key: str, value: object) -> int:
         return int(parse(limit.name, value) or 0)
     except PolicyError:
         raise PolicyError(f"{key}: {shown(value)} is not allowed; allowed: {limit.allowed}.", key=key) from None
+
+
+def _audit(table: object) -> dict[str, Any] | None:
+    """[audit] as the engine's setting: on unless ``enabled`` is false. Raises PolicyError."""
+    if not isinstance(table, dict):
+        raise PolicyError(f"audit must be a table, [audit], not {shown(table)}.", key="audit")
+    plain: dict[str, Any] = {"path": str(AUDIT), **table}
+    enabled = plain.pop("enabled", True)
+    if type(enabled) is not bool:
+        raise PolicyError(f"audit.enabled must be true or false, not {shown(enabled)}.", key="audit.enabled")
+    if "max_bytes" in plain:
+        try:
+            plain["max_bytes"] = int(parse("workspace_bytes", plain["max_bytes"]) or 0)
+        except PolicyError:
+            what = f"{shown(plain['max_bytes'])} is not allowed; allowed: {LIMITS['workspace_bytes'].allowed}"
+            raise PolicyError(f"audit.max_bytes: {what}.", key="audit.max_bytes") from None
+    AuditSettings.from_plain(plain)  # also when it is off: a mistake should not wait until it is on
+    return plain if enabled else None
+
+
+def _make_directory(settings: AuditSettings) -> None:
+    """The directory of the audit record, 0700 when it is made here. Raises Unavailable where the record must be."""
+    path = Path(settings.path)
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        if settings.on_failure == "continue":
+            return  # that it cannot be opened will be logged
+        raise Unavailable("audit", error.errno, "make the directory of the audit record", str(path.parent)) from error
 
 
 def _find(config: DaemonConfig, name: str, key: str | None = None) -> Path:
@@ -156,6 +184,8 @@ class Daemon:
             self._loop.add_signal_handler(number, self._stop, signal.Signals(number).name)
         with contextlib.ExitStack() as undo:
             listener = undo.enter_context(listen(self._config.socket, self._config.group))
+            if (audit := self._config.engine.audit) is not None:
+                _make_directory(audit)
             self._engine.start()
             try:
                 # The default policy, proved sealed, before anybody is let in.

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sandboxd import protocol
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
@@ -23,10 +23,25 @@ if TYPE_CHECKING:
     from sandboxd.policy import Limits
     from sandboxd.protocol import Buffer, Packet
 
-__all__ = ["Exchange", "FileContent", "TextCallback"]
+__all__ = ["Exchange", "FileContent", "TextCallback", "ToolHost"]
 
 TextCallback = Callable[[str], object]
 FileContent = bytes | bytearray | memoryview | str | Path
+
+
+class ToolHost(Protocol):
+    """Who answers the tool calls of one run; see sandboxd/tools/link.py."""
+
+    module: str
+    """The source text of the functions that the program sees."""
+    calls: int
+    """How many calls it may make."""
+
+    def begin(self, fd: int, run: str) -> None:
+        """The run of that id is about to start; its calls come over *fd*, a socket that is this object's to close."""
+
+    def end(self) -> None:
+        """The run is over, or never began."""
 
 
 def _content(path: str, content: object) -> bytes | memoryview:
@@ -82,6 +97,7 @@ class Exchange:
         results: bool,
         on_stdout: TextCallback | None,
         on_stderr: TextCallback | None,
+        tools: ToolHost | None = None,
     ) -> None:
         _mapping("files", files, "guest paths to bytes, str or a Path")
         _mapping("env", env, "str to str")
@@ -108,6 +124,8 @@ class Exchange:
             "stream": on_stdout is not None or on_stderr is not None,
             "results": results,
         }
+        if tools is not None:
+            header["tools"] = {"module": tools.module, "calls": tools.calls}
         asked = header["limits"]
         if base_limits:
             # The handle's own limits bind its runs; the engine compares the outcome with the policy's.
@@ -118,6 +136,7 @@ class Exchange:
         self._payload: list[Buffer] = [self.source, given or b"", *contents.values()]
         self._callbacks = {1: on_stdout, 2: on_stderr}
         self._decoders = {number: codecs.getincrementaldecoder("utf-8")("replace") for number in (1, 2)}
+        self._tools = tools
         self._queued = False
         self.sent = False
         self.result: Result | None = None
@@ -145,6 +164,9 @@ class Exchange:
                 return False
             if operation in ("queued", "admitted"):
                 self._queued = operation == "queued"
+                return False
+            if operation == "tools" and self._tools is not None and len(packet.fds) == 1:
+                self._tools.begin(packet.fds.pop(), str(message.get("run")))
                 return False
             if operation == "refused" and isinstance(message.get("error"), dict):
                 raise from_plain(message["error"])

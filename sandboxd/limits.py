@@ -126,6 +126,16 @@ _TABLE = (
         "the engine's queue: how long a run may wait before it is started, then Busy",
         "the engine's clock fires in milliseconds",
     ),
+    Limit(
+        "tool_wait_seconds", "seconds", 60.0, 0.001, _YEAR,
+        "the engine's clock: how long a program may wait for tools, all calls together, while its wall clock stands still",
+        "the engine's clock fires in milliseconds",
+    ),
+    Limit(
+        "approval_seconds", "seconds", 300.0, 0.001, _YEAR,
+        "the engine's clock: how long a cell may be frozen while somebody decides whether its tool calls may go on",
+        "the engine's clock fires in milliseconds",
+    ),
 )  # fmt: skip
 
 LIMITS: Final[Mapping[str, Limit]] = {limit.name: limit for limit in _TABLE}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
+    "Audit",
     "Filesystem",
     "Limits",
     "Network",
@@ -83,6 +84,8 @@ class Limits(BaseModel):
     output_bytes: Annotated[int | str | None, PlainValidator(_asked_limit)] = None
     output_stop_bytes: Annotated[int | str | None, PlainValidator(_asked_limit)] = None
     queue_seconds: Annotated[float | Literal["unlimited"] | None, PlainValidator(_asked_limit)] = None
+    tool_wait_seconds: Annotated[float | Literal["unlimited"] | None, PlainValidator(_asked_limit)] = None
+    approval_seconds: Annotated[float | Literal["unlimited"] | None, PlainValidator(_asked_limit)] = None
 
     if not TYPE_CHECKING:  # type checkers take the signature from the fields
 
@@ -127,6 +130,8 @@ class PolicyLimits(BaseModel):
     output_stop_bytes: Annotated[int | None, PlainValidator(_resolved_limit)] = int(LIMITS["output_stop_bytes"].default)
     # the engine's queue, before the program's start
     queue_seconds: Annotated[float | None, PlainValidator(_resolved_limit)] = LIMITS["queue_seconds"].default
+    tool_wait_seconds: Annotated[float | None, PlainValidator(_resolved_limit)] = LIMITS["tool_wait_seconds"].default
+    approval_seconds: Annotated[float | None, PlainValidator(_resolved_limit)] = LIMITS["approval_seconds"].default
 
     def plain(self) -> dict[str, LimitValue]:
         """Every limit by name, None for "unlimited"."""
@@ -199,6 +204,12 @@ def _not_a_name(name: str) -> str | None:
     return None if _NAME.fullmatch(name) else "a policy's name is 1 to 64 of a-z, 0-9, _ and -"
 
 
+def _not_a_secrets_name(name: str) -> str | None:
+    if re.fullmatch(r"[A-Za-z0-9_.*-]{1,128}", name) and name.strip("*"):
+        return None
+    return "it must be the name of a variable or key, such as API_KEY or *_token; * stands for anything"
+
+
 def _not_a_text(text: str) -> str | None:
     return "it must not hold a NUL" if "\0" in text else None
 
@@ -254,6 +265,14 @@ class Require(BaseModel):
     own_uid: bool = True  # each cell has a host uid of its own; needs root or subordinate ids
 
 
+class Audit(BaseModel):
+    """[audit]: environment variables, and keys of tools' arguments and results, whose values no record may hold."""
+
+    model_config = _CONFIG
+
+    redact: Annotated[tuple[str, ...], _tuple_of(_not_a_secrets_name)] = ()
+
+
 class Policy(BaseModel):
     """One policy, complete: every key has a value. Raises PolicyError when a value is not allowed or not built yet."""
 
@@ -266,6 +285,7 @@ class Policy(BaseModel):
     network: Network = Network.model_construct()
     seccomp: Seccomp = Seccomp.model_construct()
     require: Require = Require.model_construct()
+    audit: Audit = Audit.model_construct()
 
     if not TYPE_CHECKING:
 
@@ -296,6 +316,7 @@ class Policy(BaseModel):
                 "deny": list(self.seccomp.deny),
             },
             "require": {**self.require.__dict__, "cgroup": list(self.require.cgroup)},
+            "audit": {"redact": list(self.audit.redact)},
         }
 
     @property

@@ -215,6 +215,8 @@ class LimitHit(BaseModel):
         "open_files",
         "output_bytes",
         "output_stop_bytes",
+        "tool_wait_seconds",
+        "approval_seconds",
         "syscall",
     ]
     value: int | float | str | None
@@ -235,13 +237,16 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Where the time went: waiting for a turn, making the cell ready, running."""
+    """Where the time went: waiting for a turn, making the cell ready, running. *tool_wait_seconds* is the part of
+    *run_seconds* in which the program's wall clock stood still, because it waited for a tool or for an approval.
+    """
 
     model_config = _CONFIG
 
     queued_seconds: _Seconds
     setup_seconds: _Seconds
     run_seconds: _Seconds
+    tool_wait_seconds: _Seconds = 0.0
 
 
 class CgroupReceipt(BaseModel):

@@ -15,6 +15,7 @@ from typing import Any, Final, cast
 
 from sandboxd.errors import InvalidRequest, PolicyError, ProtocolError
 from sandboxd.limits import LIMITS, LimitValue, resolved, shown
+from sandboxd.toolframes import CALLS_MOST, MODULE_BYTES
 
 __all__ = [
     "ARGS_ENV_MAX_BYTES",
@@ -56,6 +57,17 @@ class Run:
     limits: dict[str, LimitValue]
     stream: bool
     results: bool
+    tools: Tools | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Tools that a program may call: *module* is the source text of the functions that it sees, *calls* how many it may
+    make.
+    """
+
+    module: str
+    calls: int
 
 
 def check_code(code: object) -> str:
@@ -250,12 +262,13 @@ _HEADER_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
 }
 
 
-def parse_header(header: Mapping[str, Any], payload: bytes | bytearray | memoryview) -> Run:
+def parse_header(header: dict[str, Any], payload: bytes | bytearray | memoryview) -> Run:
     """The run that *header* and *payload* describe.
 
     Raises ProtocolError when the header is not of the protocol (keys, types, lengths that do not add up to the
     payload), InvalidRequest for a wrong argument, PolicyError for a limit that is unknown or out of range.
     """
+    tools = _tools(header.pop("tools")) if "tools" in header else None
     if set(header) != set(_HEADER_TYPES):
         odd = ", ".join(sorted(map(str, set(header) ^ set(_HEADER_TYPES))))
         raise ProtocolError(f"A run's header has keys missing or unknown: {shown(odd)}.")
@@ -298,4 +311,17 @@ def parse_header(header: Mapping[str, Any], payload: bytes | bytearray | memoryv
         limits=limits,
         stream=header["stream"],
         results=header["results"],
+        tools=tools,
     )
+
+
+def _tools(given: Any) -> Tools:
+    """Raises ProtocolError."""
+    if not isinstance(given, dict) or set(given) != {"module", "calls"}:
+        raise ProtocolError("A run's tools are not in the protocol's form.")
+    module, calls = given["module"], given["calls"]
+    if not isinstance(module, str) or len(module) > MODULE_BYTES or "\0" in module:
+        raise ProtocolError("The text of a run's tools is out of bounds.")
+    if type(calls) is not int or not 0 <= calls <= CALLS_MOST:
+        raise ProtocolError("The number of a run's tool calls is out of bounds.")
+    return Tools(module, calls)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
@@ -56,6 +57,11 @@ class Served:
     def pid(self) -> int:
         return self.process.pid
 
+    @property
+    def audit(self) -> Path:
+        """The file of its audit record."""
+        return self.log.with_suffix(".jsonl")
+
     def said(self) -> str:
         return self.log.read_text("utf-8", "replace")
 
@@ -81,10 +87,15 @@ class Served:
         return self.process.wait(15)
 
 
-def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str | dict[str, int]) -> Served:
-    """A daemon on HOME/NAME/socket, not yet ready."""
+Setting = int | str | Mapping[str, int | str]
+
+
+def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: Setting) -> Served:
+    """A daemon on HOME/NAME/socket, not yet ready; its audit record is beside it, unless *config* says otherwise."""
     path, log, file = home / name / "socket", home / f"{name}.log", home / f"{name}.toml"
-    settings = {"socket": str(path), "group": group, **config}
+    settings: dict[str, Setting] = {"socket": str(path), "group": group, **config}
+    if isinstance(audit := settings.get("audit", {}), Mapping):
+        settings["audit"] = {"path": str(log.with_suffix(".jsonl")), **audit}
     file.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in settings.items()))
     with log.open("ab") as stderr:
         command = [sys.executable, "-m", "sandboxd", "serve", "--config", str(file)]
@@ -92,16 +103,14 @@ def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: int 
     return Served(process, path, log)
 
 
-def _toml(value: int | str | dict[str, int]) -> str:
-    if isinstance(value, dict):
+def _toml(value: Setting) -> str:
+    if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
-    return str(value) if isinstance(value, int) else f'"{value}"'
+    return str(value).lower() if isinstance(value, int) else f'"{value}"'
 
 
 @contextlib.contextmanager
-def served(
-    home: Path, name: str = "sandboxd", group: str = GROUP, **config: int | str | dict[str, int]
-) -> Iterator[Served]:
+def served(home: Path, name: str = "sandboxd", group: str = GROUP, **config: Setting) -> Iterator[Served]:
     """A daemon that is ready; ended by SIGTERM."""
     daemon = start(home, name, group, **config)
     try:

@@ -41,6 +41,8 @@ PROMISED = {
     "output_bytes": 1 << 20,
     "output_stop_bytes": 8 << 20,
     "queue_seconds": 30,
+    "tool_wait_seconds": 60,
+    "approval_seconds": 300,
 }
 
 # A word of the kernel object, or of the engine's part, that each limit must name.
@@ -57,6 +59,8 @@ KERNEL_OBJECTS = {
     "output_bytes": "engine's reader",
     "output_stop_bytes": "engine's reader",
     "queue_seconds": "engine's queue",
+    "tool_wait_seconds": "engine's clock",
+    "approval_seconds": "engine's clock",
 }
 
 
@@ -285,6 +289,9 @@ WRONG = [  # the section and the line in it, the key's path, what the message mu
     ("require", "landlock_abi = 1000", "require.landlock_abi", "most is 64"),
     ("require", "own_uid = 1", "require.own_uid", "true or false"),
     ("require", "own_pid = true", "require.own_pid", "did you mean 'own_uid'"),
+    ("audit", "redact = 'API_KEY'", "audit.redact", "must be a list of strings"),
+    ("audit", "redact = ['*']", "audit.redact", "the name of a variable or key"),
+    ("audit", "redact = ['a b']", "audit.redact", "the name of a variable or key"),
 ]
 
 
@@ -476,7 +483,7 @@ def test_the_strict_policy_is_nowhere_wider() -> None:
 def test_plain_values_are_json_and_hold_every_key() -> None:
     plain = Policy(name="mine", limits=PolicyLimits(pids="unlimited")).plain()  # type: ignore[arg-type]
     assert json.loads(json.dumps(plain, allow_nan=False)) == plain
-    assert list(plain) == ["name", "runtime", "limits", "filesystem", "network", "seccomp", "require"]
+    assert list(plain) == ["name", "runtime", "limits", "filesystem", "network", "seccomp", "require", "audit"]
     assert plain["limits"]["pids"] is None
     assert plain["require"] == {"cgroup": ["memory", "pids", "cpu"], "landlock_abi": 1, "own_uid": True}
     for section, values in plain.items():

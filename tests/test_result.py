@@ -46,7 +46,7 @@ PROMISED = {
         "pids_peak",
         "throttled_seconds",
     ],
-    "timings": ["queued_seconds", "setup_seconds", "run_seconds"],
+    "timings": ["queued_seconds", "setup_seconds", "run_seconds", "tool_wait_seconds"],
     "warm": None,
     "isolation": [
         "namespaces",

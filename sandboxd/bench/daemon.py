@@ -46,6 +46,7 @@ def served(policy: str, **settings: int | str) -> Iterator[Served]:
     with tempfile.TemporaryDirectory(prefix="sandboxd-bench-") as name:
         home = Path(name)
         values: dict[str, int | str] = {"socket": str(home / "run" / "socket"), **settings}
+        values["audit.path"] = str(home / "audit.jsonl")  # on, as everywhere
         with contextlib.suppress(KeyError):  # a group without a name: the daemon's own default then
             values["group"] = grp.getgrgid(os.getegid()).gr_name
         if policy.endswith(".toml") or "/" in policy:

@@ -37,13 +37,13 @@ COMMANDS = {
     "doctor": ("sandboxd.cli.doctor", "doctor", "Show what this host can enforce, and how to mend the rest."),
     "policy": ("sandboxd.cli.policy", "policy", "List, show and check policies."),
     "ps": ("sandboxd.cli.ps", "ps", "List the live cells of a daemon."),
+    "logs": ("sandboxd.cli.logs", "logs", "Show, follow and check the audit record."),
     "bench": ("sandboxd.cli.bench", "bench", "Measure what isolation costs on this host."),
 }
 
 # Promised names that have no code yet.
 LATER = {
     "stats": "counters of a daemon",
-    "logs": "the audit record of a daemon",
     "install-service": "installing the system service",
     "mcp": "the Model Context Protocol server",
 }

@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
@@ -42,6 +43,7 @@ class Embedded:
         self._connections: set[asyncio.Task[None]] = set()
         self._engine: Engine | None = None
         self._plain: dict[str, Any] = {}
+        self._caller = _pid_of(OWNER)
         # The caller may fork: a child of its holds the control socket open, but the pidfd is of the caller alone.
         self._loop.add_reader(OWNER, self._end)
 
@@ -126,11 +128,21 @@ class Embedded:
 
     def _connect(self, sock: socket.socket) -> None:
         assert self._engine is not None  # noqa: S101
-        client = {"uid": os.getuid(), "pid": os.getppid()}
-        connection = Connection(self._engine, sock, client, self._policy, sees_all=True, lends=True)
+        client = {"uid": os.getuid(), "pid": self._caller}
+        # A program in a lent cell is not seen here, and so could not be recorded.
+        lends = self._engine.config.audit is None
+        connection = Connection(self._engine, sock, client, self._policy, sees_all=True, lends=lends)
         task = self._loop.create_task(connection.serve())
         self._connections.add(task)
         task.add_done_callback(self._connections.discard)
+
+
+def _pid_of(pidfd: int) -> int:
+    """The process of *pidfd*; -1 when it is gone. Source: Pid in /proc/self/fdinfo, proc_pid_fdinfo(5)."""
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text("ascii").splitlines():
+        if line.startswith("Pid:"):
+            return int(line.split()[1])
+    return -1
 
 
 async def _serve() -> None:

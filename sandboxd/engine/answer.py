@@ -29,8 +29,9 @@ def answer(
     seconds: tuple[float, float, float],
     warm: bool,
     isolation: dict[str, Any] | None,
+    waited: float = 0.0,
 ) -> Answer:
-    """What *evidence* comes to. *seconds*: queued, set-up, run."""
+    """What *evidence* comes to. *seconds*: queued, set-up, run; for *waited* of the last the wall clock stood still."""
     out, out_dropped = outputs[0].kept()
     err, err_dropped = outputs[1].kept()
     dropped = out_dropped + err_dropped
@@ -53,14 +54,19 @@ def answer(
         "files_skipped": collected.skipped,
         "limits_hit": outcome.limits_hit,
         "usage": {
-            "wall_seconds": run,
+            "wall_seconds": max(0.0, run - waited),
             "cpu_user_seconds": counters.cpu_user_usec / 1e6 if counters else 0.0,
             "cpu_system_seconds": counters.cpu_system_usec / 1e6 if counters else 0.0,
             "memory_peak_bytes": counters.memory_peak_bytes if counters else None,
             "pids_peak": counters.pids_peak if counters else None,
             "throttled_seconds": counters.throttled_usec / 1e6 if counters else None,
         },
-        "timings": {"queued_seconds": queued, "setup_seconds": setup, "run_seconds": run},
+        "timings": {
+            "queued_seconds": queued,
+            "setup_seconds": setup,
+            "run_seconds": run,
+            "tool_wait_seconds": waited,
+        },
         "warm": warm,
         "isolation": isolation,
         "state": None,
@@ -107,7 +113,7 @@ def plainly(
             "pids_peak": counters.pids_peak,
             "throttled_seconds": counters.throttled_usec / 1e6,
         },
-        "timings": {"queued_seconds": queued, "setup_seconds": setup, "run_seconds": run},
+        "timings": {"queued_seconds": queued, "setup_seconds": setup, "run_seconds": run, "tool_wait_seconds": 0.0},
         "warm": True,
         "isolation": None,
         "state": None,

@@ -53,6 +53,8 @@ FRAME_BYTES: Final = 1 << 18
 SOURCE_NAME: Final = "main.py"
 SPARE_DESCRIPTORS: Final = 256
 _PARKED: Final = b"P"
+_room: Final = bytearray(FRAME_BYTES)
+_view: Final = memoryview(_room)
 
 
 class Keeper(Protocol):
@@ -326,6 +328,15 @@ class Cell:
         if self.channel is not None:
             self._unwatch(self.channel.fileno())
 
+    def hear(self, on: bool) -> None:
+        """Read its packets, or do not for the moment."""
+        if self.channel is None or (self.channel.fileno() in self._watched) is on:
+            return
+        if on:
+            self._watch(self.channel.fileno(), 0)
+        else:
+            self._unwatch(self.channel.fileno())
+
     def hear_again(self) -> None:
         """Whoever read the channel and the streams does so no more."""
         assert self.fds is not None  # noqa: S101
@@ -336,7 +347,8 @@ class Cell:
     def _speaks(self) -> bool:
         assert self.channel is not None  # noqa: S101
         try:
-            data = self.channel.recv(FRAME_BYTES)
+            # Into room that is there already: a fresh 256 KiB would be mapped and unmapped for each packet.
+            data = bytes(_view[: self.channel.recv_into(_room)])
         except BlockingIOError:
             return False
         except OSError:
@@ -381,6 +393,7 @@ class Cell:
         self.ended_at = time.monotonic()
         self._engine.dying.add(self)
         self._kill()
+        self._thaw()
         # What it said or wrote is read when it is dead. Its ends hang up before that, and would keep the loop busy.
         self._look_away()
 
@@ -390,6 +403,14 @@ class Cell:
                 native.pidfd_kill(self.fds.init, signal.SIGKILL)
             except OSError as error:
                 log.error("the kill of a cell was refused: %s", error)
+
+    def _thaw(self) -> None:
+        """What is frozen on v1 does not die; killed, it does not go on either."""
+        if self.slot is not None:
+            try:
+                self.slot.leaf.thaw()
+            except OSError as error:
+                log.error("a dying cell cannot be thawed: %s", error)
 
     def exited(self, code: int, status: int) -> None:
         """As ``zygote.Hears``."""

@@ -5,15 +5,53 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sandboxd.engine.pool import PoolSettings
 from sandboxd.errors import PolicyError
+from sandboxd.limits import shown
 
-__all__ = ["EngineConfig", "host_memory_bytes"]
+__all__ = ["AuditSettings", "EngineConfig", "host_memory_bytes"]
 
 _PIDS_PER_RUN: Final = 256  # four times what a run may have by default
 _ENGINE_PIDS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class AuditSettings:
+    """Where an engine writes its audit record, and what happens when it cannot."""
+
+    path: str
+    """Absolute; its directory must be there."""
+    max_bytes: int = 64 << 20
+    """A file that would grow beyond it is rotated."""
+    keep: int = 8
+    """Rotated files that are kept."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """While nothing can be written: no new run begins, or runs go on and their number is recorded afterwards."""
+    fsync: bool = False
+    """Whether each record is on the disk before the run goes on."""
+
+    @classmethod
+    def from_plain(cls, plain: object) -> AuditSettings:
+        """Raises PolicyError for a key or a value that cannot be."""
+        known = [one.name for one in fields(cls)]
+        if not isinstance(plain, dict):
+            raise PolicyError(f"audit must be a table of {', '.join(known)}, not {shown(plain)}.", key="audit")
+        for key, value in plain.items():
+            name = f"audit.{key}"
+            if key not in known:
+                raise PolicyError(f"{key!r} is not a setting of audit. They are {', '.join(known)}.", key=name)
+            if key in ("max_bytes", "keep") and (type(value) is not int or value < 1):
+                raise PolicyError(f"{name} must be a whole number from 1, not {shown(value)}.", key=name)
+            if key == "on_failure" and value not in ("stop", "continue"):
+                raise PolicyError(f'{name} must be "stop" or "continue", not {shown(value)}.', key=name)
+            if key == "fsync" and type(value) is not bool:
+                raise PolicyError(f"{name} must be true or false, not {shown(value)}.", key=name)
+        path = plain.get("path")
+        if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path or path.endswith("/"):
+            raise PolicyError(f"audit.path must be the absolute path of a file, not {shown(path)}.", key="audit.path")
+        return cls(**plain)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +72,8 @@ class EngineConfig:
     """Host ids for user namespaces, "base:count"; else /etc/subuid, else a documented range."""
     pool: PoolSettings = field(default_factory=PoolSettings)
     """Parked cells of each policy, and how long a zygote serves."""
+    audit: AuditSettings | None = None
+    """The audit record. Default: none."""
     zygote: dict[str, Any] = field(default_factory=dict)
     """What zygotes are told in addition, for measurements of single ideas."""
     walls_down: tuple[str, ...] = ()
@@ -59,6 +99,7 @@ class EngineConfig:
                 **plain,
                 "walls_down": tuple(plain.get("walls_down", ())),
                 "pool": PoolSettings.from_plain(plain.get("pool") or {}),
+                "audit": None if plain.get("audit") is None else AuditSettings.from_plain(plain["audit"]),
                 "zygote": dict(plain.get("zygote") or {}),
             }
         )

@@ -136,6 +136,8 @@ class Connection:
             elif operation == "ps":
                 visible = self._may_see
                 await self._send({"op": "ps", "runs": self._engine.list_runs(visible)})
+            elif operation == "logs":
+                await self._logs(packet.message)
             elif operation == "cancel" and self._leases is not None and (run := self._leases.begun()) is not None:
                 run.cancel()
                 await self._answer_taken(self._leases, run, b"", b"", b"")
@@ -145,6 +147,19 @@ class Connection:
                 raise ProtocolError(f"There is no request {shown(operation)}.")
         finally:
             packet.close()
+
+    async def _logs(self, message: dict[str, Any]) -> None:
+        from sandboxd.engine import logs
+
+        uid = None if self._sees_all else self._client["uid"]
+        try:
+            said, lines = await logs.answer(self._engine, message, uid)
+        except Unavailable as error:
+            await self._refuse(error)
+            return
+        if self._unread:
+            await self._taken()
+        await self._send(said, lines)
 
     def _may_see(self, owner: dict[str, Any]) -> bool:
         return self._sees_all or owner.get("uid") == self._client.get("uid")
@@ -184,7 +199,14 @@ class Connection:
         try:
             prepared = await self._policies(name)
             header, texts, files = await self._engine.run(
-                prepared, request, self._client, self._emit if request.stream else None, self._announce, self._notice
+                prepared,
+                request,
+                self._client,
+                self._emit if request.stream else None,
+                self._announce,
+                self._notice,
+                self._lend_tools,
+                self._share,
             )
             self._running = False
             try:
@@ -294,6 +316,14 @@ class Connection:
             if self._run_now is not None:
                 self._run_now.cancel()
             raise
+
+    async def _lend_tools(self, run: str, fd: int) -> None:
+        try:
+            data = protocol.with_descriptors({"op": "tools", "run": run})
+        except BaseException:
+            os.close(fd)
+            raise
+        await self._deliver([data], fd)
 
     async def _notice(self, what: str) -> None:
         await self._send({"op": what})

@@ -23,9 +23,10 @@ from sandboxd.engine import selftest
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.dying import Dying
 from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
-from sandboxd.engine.run import CellRun, Emit
+from sandboxd.engine.run import CellRun, Emit, LendTools
 from sandboxd.engine.share import Share
 from sandboxd.engine.slots import Slots
+from sandboxd.engine.trail import trail
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 from sandboxd.interpreter import Interpreter
 from sandboxd.limits import LimitValue, defaults, narrow
@@ -86,6 +87,9 @@ class Engine:
         self._undo = contextlib.ExitStack()
         self._closed = False
         self.bodies = Bodies(self)
+        self.trail = trail(config.audit)
+        self.reading = asyncio.Lock()
+        """Of who reads the audit record."""
         self._guess: asyncio.Task[Prepared] | None = None
 
     def start(self) -> None:
@@ -110,6 +114,8 @@ class Engine:
                 log.warning("could not be removed, and is tried again by the next engine: %s", ", ".join(swept.left))
         running = self.most_running
         with contextlib.ExitStack() as undo:
+            self.trail.open()
+            undo.callback(self.trail.close)
             bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks())
             self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
             self.ids = undo.enter_context(ids.claim(self.config.ids))
@@ -298,9 +304,12 @@ class Engine:
         emit: Emit | None,
         announce: Callable[[CellRun], None],
         notice: Callable[[str], Awaitable[None]] | None = None,
+        lend_tools: LendTools | None = None,
+        share: Share | None = None,
     ) -> Answer:
         """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be
-        cancelled; *notice* is told "queued" when it has to wait, and then "admitted".
+        cancelled; *notice* is told "queued" when it has to wait, and then "admitted"; *lend_tools* gets the host's end
+        of its tool calls, if it has tools; *share* is the client's part of the engine's time.
 
         Raises PolicyError, InvalidRequest, Busy, Unavailable: nothing of the program ran then.
         """
@@ -309,16 +318,22 @@ class Engine:
         limits: dict[str, LimitValue] = narrow(prepared.limits, request.limits)
         check_inputs_fit([(path, len(content)) for path, content in request.files], limits)
         identity = secrets.token_hex(8)
-        run = CellRun(self, prepared, request, limits, identity, emit)
+        run = CellRun(self, prepared, request, limits, identity, emit, lend_tools, share)
         queued = time.monotonic()
         self.live[identity] = run
         self.owners[identity] = owner
         announce(run)
         try:
             wait = limits["queue_seconds"]
-            await self._admit(owner.get("uid"), None if wait is None else float(wait), notice)
             try:
-                answer = await run.execute(time.monotonic() - queued)
+                await self._admit(owner.get("uid"), None if wait is None else float(wait), notice)
+            except Busy:
+                await self.trail.busy(identity, prepared, request, owner)
+                raise
+            try:
+                async with self.trail.run(identity, prepared, request, limits, owner) as tell:
+                    answer = await run.execute(time.monotonic() - queued)
+                    tell(answer)
             finally:
                 self._leave()
         except BaseException:
@@ -409,6 +424,12 @@ class Engine:
                 turn.set_result(None)
                 return
         self._running -= 1
+
+    def audit_tool(self, identity: str, record: dict[str, Any]) -> None:
+        """The program of run *identity* called a tool: *record* holds tool, caller, arguments, result, and is the audit
+        record's from now on. Nothing happens without an audit record.
+        """
+        self.trail.tool(identity, record)
 
     def list_runs(self, visible: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Facts of the live runs whose owner *visible* accepts."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cause", "Evidence", "Finished", "Outcome", "judge", "parse_finished"]
 
-Cause = Literal["timeout", "cpu", "output", "memory", "cancelled", "lost"]
+Cause = Literal["timeout", "tool_wait", "approval", "cpu", "output", "memory", "cancelled", "lost"]
 
 _MESSAGE: Final = 8 << 10
 _TRACEBACK: Final = 64 << 10
@@ -43,7 +43,9 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """All that is known when everything of a cell is dead. *wait*: (si_code, si_status), None when nobody could ask."""
+    """All that is known when everything of a cell is dead. *wait*: (si_code, si_status), None when nobody could ask.
+    *run_seconds*: by the program's wall clock, which stands still while it waits for a tool.
+    """
 
     cause: Cause | None
     wait: tuple[int, int] | None
@@ -124,7 +126,7 @@ def judge(seen: Evidence) -> Outcome:
     status: str
     if seen.cause == "cancelled":
         status = "cancelled"
-    elif seen.cause == "timeout" or tied:
+    elif seen.cause in ("timeout", "tool_wait", "approval") or tied:
         status = "timeout"
     elif own_oom:
         status = "memory"
@@ -185,7 +187,11 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
             shown = seen.limits.get(limit) if value is None else value
             hits.append({"limit": limit, "value": shown, "evidence": {"source": source, "detail": detail}})
 
-    if status == "timeout":
+    if seen.cause == "tool_wait":
+        hit("tool_wait_seconds", "clock", "waiting for tools, all calls of the run together")
+    elif seen.cause == "approval":
+        hit("approval_seconds", "clock", "frozen while a tool call waited for its approval")
+    elif status == "timeout":
         hit("wall_seconds", "clock", f"{seen.run_seconds:.3f} s since the program's start")
     counters = seen.counters
     if status == "cpu" or seen.cause == "cpu":

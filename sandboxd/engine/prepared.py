@@ -108,13 +108,14 @@ LIKELY: Final[dict[str, Any]] = {
     "network": {"mode": "none"},
     "seccomp": {"profile": "default", "allow": [], "deny": [], "report": False},
     "require": {"cgroup": ["memory", "pids", "cpu"], "landlock_abi": 1, "own_uid": True},
+    "audit": {"redact": []},
 }
 """The shipped default policy as plain values, for an engine that has not been told its policy yet."""
 
 
 def essence(plain: dict[str, Any]) -> dict[str, Any]:
-    """What of a policy makes its zygote: all but its name and its limits."""
-    return {key: value for key, value in plain.items() if key not in ("name", "limits")}
+    """What of a policy makes its zygote: not its name, its limits, or what its audit records leave out."""
+    return {key: value for key, value in plain.items() if key not in ("name", "limits", "audit")}
 
 
 class Bodies:

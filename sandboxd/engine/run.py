@@ -18,15 +18,21 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
+from sandboxd import toolframes
 from sandboxd.engine import workspace
 from sandboxd.engine.answer import Answer, answer
+from sandboxd.engine.clock import Meter, Mode
 from sandboxd.engine.life import Event, State
 from sandboxd.engine.outcome import Cause, Evidence, Finished, parse_finished
 from sandboxd.engine.output import Collector
 from sandboxd.engine.plan import UNLIMITED_BYTES, leaf_limits
+from sandboxd.engine.share import Share
+from sandboxd.engine.standstill import Standstill
 from sandboxd.engine.streams import Emit, OutputStream
+from sandboxd.engine.tools import ToolLink
 from sandboxd.errors import ProtocolError, Unavailable
 from sandboxd.zygote import ZygoteLost
 
@@ -48,6 +54,8 @@ READS: Final = 16
 INLINE_CHARACTERS: Final = 24 << 10
 """A source up to this length travels with the arguments, too: the cell need not read the file."""
 OOM_TRIES: Final = 100
+LendTools = Callable[[str, int], Awaitable[None]]
+"""Hands the host's end of a run's tool calls, a descriptor that is its to close, to the client."""
 
 
 class CellRun:
@@ -61,6 +69,8 @@ class CellRun:
         limits: dict[str, LimitValue],
         identity: str,
         emit: Emit | None,
+        lend_tools: LendTools | None = None,
+        share: Share | None = None,
     ) -> None:
         self.id = identity
         self.limits = limits
@@ -84,6 +94,11 @@ class CellRun:
         self._stdin: memoryview | None = None
         self._message: memoryview | None = None
         self._parked_said = False
+        self._lend_tools = lend_tools
+        self._share = share or Share(free=True)
+        self._link: ToolLink | None = None
+        self._meter: Meter | None = None
+        self._deaf = False
 
     # From the outside
 
@@ -177,7 +192,12 @@ class CellRun:
         self.cell = cell
         try:
             cell.ride(self)
+            tools = self._request.tools if self._request is not None else None
             self._put_inputs(cell)
+            if tools is not None and self._lend_tools is not None and cell.channel is not None:
+                records = self._engine.trail.calls(self.id)
+                self._link = ToolLink(Standstill(self, cell), cell.channel, tools.calls, self._share, records)
+                await self._lend_tools(self.id, self._link.take_theirs())
             if self._known:
                 while not workspace.settled(self._known) and not self._ended.done():
                     await asyncio.sleep(0.001)
@@ -202,6 +222,7 @@ class CellRun:
                 self._fail(cell, error)
         now = time.monotonic()
         run = now - self.started if self.started is not None else 0.0
+        self._stop_tools(now)
         if self._failure is None and self._is_clean(cell):
             return self._tell(queued_seconds, setup, run, cell.leaf.counters(), workspace.Collected(), warm)
         return await self._after_death(cell, queued_seconds, setup, run, warm)
@@ -267,6 +288,7 @@ class CellRun:
             cell.end(Event.FINISHED if self._finished is not None else Event.CANCELLED)
         self._stop_stdin(cell)
         self._stop_message(cell)
+        self._stop_tools(time.monotonic())
         cell.let_go()
 
     async def delivered(self) -> None:
@@ -313,6 +335,8 @@ class CellRun:
         }
         if len(source) <= INLINE_CHARACTERS:
             message["code"] = request.code
+        if request.tools is not None:
+            message["tools"] = request.tools.module
         text = json.dumps(message).encode()
         self._message = memoryview(len(text).to_bytes(MESSAGE_HEAD_BYTES, "little") + text)
         self._request = None  # it may hold many megabytes
@@ -335,6 +359,9 @@ class CellRun:
         wall, cpu = self.limits["wall_seconds"], self.limits["cpu_seconds"]
         if wall is not None:
             self.wall_end = now + float(wall)
+        if self._link is not None:
+            self._meter = Meter(self.limits, now)
+            self._link.start()
         if cpu is not None:
             self.cpu_look = now + self._cpu_left(float(cpu))
         self._engine.clock.add(self)
@@ -385,10 +412,14 @@ class CellRun:
             self._parked_said = True  # it crossed with the program
             return
         try:
+            if self._link is not None and data[0] == toolframes.MAGIC:
+                self._link.from_cell(data)
+                return
             self._finished = parse_finished(data)
         except ProtocolError as error:
             # Not ours: the program wrote it. Its own end is still to come.
             log.info("run %s: a frame that is none: %s", self.id, error)
+            self._deaf = True
             if self.cell is not None:
                 self.cell.be_deaf()
             return
@@ -422,7 +453,7 @@ class CellRun:
         if cell is None or self._ended.done():
             self.wall_end = self.cpu_look = float("inf")
         elif now >= self.wall_end:
-            self._end_by(Event.LIMIT, "timeout")
+            self._end_by(Event.LIMIT, "timeout" if self._meter is None else self._meter.mode)
         elif now >= self.cpu_look:
             # No polling: the next look is when the limit could be reached at the earliest.
             left = float(self.limits["cpu_seconds"] or 0) - cell.leaf.cpu_usec() / 1e6
@@ -435,6 +466,33 @@ class CellRun:
         """How long *seconds* of CPU time last at least."""
         cpus = self.limits["cpus"]
         return seconds / (min(self._engine.cpus, float(cpus)) if cpus is not None else self._engine.cpus)
+
+    # Tools
+
+    def spend(self, mode: Mode) -> None:
+        """The program's time goes to *mode* from now on."""
+        if self._meter is not None and not self._ended.done():
+            self.wall_end = self._meter.switch(mode, time.monotonic())
+            self._engine.clock.changed(self)
+
+    def is_stuck(self, error: OSError) -> None:
+        """The cell stands still and cannot be made to go on."""
+        log.error("run %s: it cannot be thawed: %s", self.id, error)
+        self._end_by(Event.CANCELLED, "lost")
+
+    def listen(self, on: bool) -> None:
+        """Read the cell's packets, or do not for the moment."""
+        if self.cell is not None and self.cell.life.state is State.RUNNING:
+            self.cell.hear(on and not self._deaf)
+
+    def _stop_tools(self, now: float) -> None:
+        """The program is over, and with it the calls of its that are under way."""
+        link, self._link = self._link, None
+        if link is None:
+            return
+        link.close()
+        if self._meter is not None:
+            self._meter.switch(self._meter.mode, now)
 
     # Streams
 
@@ -539,13 +597,14 @@ class CellRun:
     ) -> Answer:
         out, err = self._outputs
         cell = self.cell
+        waited = 0.0 if self._meter is None else self._meter.stood_still()
         evidence = Evidence(
             cause=self._cause,
             wait=None if cell is None else cell.wait,
             finished=self._finished,
             counters=counters,
             limits=self.limits,
-            run_seconds=run,
+            run_seconds=run - waited,
             stdout_bytes=out.total_bytes,
             stderr_bytes=err.total_bytes,
             free_bytes=free[0],
@@ -553,4 +612,4 @@ class CellRun:
         )
         slot = None if cell is None else cell.slot
         isolation = None if slot is None else self._prepared.receipt(slot.index)
-        return answer(self.id, evidence, (out, err), collected, (queued, setup, run), warm, isolation)
+        return answer(self.id, evidence, (out, err), collected, (queued, setup, run), warm, isolation, waited)

@@ -47,12 +47,21 @@ class Share:
         try:
             yield
         finally:
-            now = time.monotonic()
-            self._spent += now - begun
-            self._until = max(self._until, begun) + (now - begun) * 2
-            if not self._free and self._until - now > _SMALL_SECONDS:
-                # Keeps this object: who hangs up and comes again is still the same.
-                asyncio.get_running_loop().call_later(self._until - now, self._paid)
+            self.spent(begun)
+
+    def spent(self, begun: float) -> float:
+        """As ``counted``, of work that *begun* at that time.monotonic(). Seconds until more may be taken, 0 for now."""
+        now = time.monotonic()
+        self._spent += now - begun
+        if self._free:
+            return 0.0
+        self._until = max(self._until, begun) + (now - begun) * 2
+        owed = self._until - now
+        if owed <= _SMALL_SECONDS:
+            return 0.0
+        # Keeps this object: who hangs up and comes again is still the same.
+        asyncio.get_running_loop().call_later(owed, self._paid)
+        return owed
 
     def _paid(self) -> None:
         pass

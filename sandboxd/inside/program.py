@@ -29,6 +29,7 @@ import traceback
 import types
 
 import _image  # type: ignore[import-not-found]  # beside this file, for the interpreter of the image
+import toolcalls  # type: ignore[import-not-found]
 
 TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
 if TYPE_CHECKING:
@@ -74,9 +75,14 @@ def small(number: object) -> int | None:
 
 
 def without_ours(trace: types.TracebackType | None) -> types.TracebackType | None:
-    """*trace* from the user's first frame on."""
+    """*trace* from the user's first frame on, and not into a tool's call."""
     while trace is not None and trace.tb_frame.f_code.co_filename == __file__:
         trace = trace.tb_next
+    one = trace
+    while one is not None and one.tb_next is not None:
+        if one.tb_next.tb_frame.f_code.co_filename in (toolcalls.FILE, toolcalls.__file__):
+            one.tb_next = None
+        one = one.tb_next
     return trace
 
 
@@ -144,6 +150,8 @@ class Program:
         module.__dict__.update(__file__=self.path, __builtins__=builtins, __cached__=None, __annotations__={})
         sys.modules["__main__"] = module
         self.names = module.__dict__
+        if "tools" in request:
+            self.names["tools"] = toolcalls.module(request["tools"])
         sys.argv = [self.path, *request["args"]]
         sys.orig_argv[1:] = sys.argv
         environment = request["env"]

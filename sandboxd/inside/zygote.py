@@ -190,7 +190,7 @@ def main() -> "program.Setting | None":
     renew_stdin()
     sys.path[0] = "/workspace"
     sys.path_importer_cache.pop("/workspace", None)
-    for name in ("_cell", "_image", "program"):
+    for name in ("_cell", "_image", "program", "toolcalls"):
         del sys.modules[name]
     find_randomness(setting)
     os.register_at_fork = sys.modules["posix"].register_at_fork = real_register_at_fork  # type: ignore[attr-defined]

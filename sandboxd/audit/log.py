@@ -1,0 +1,314 @@
+"""AuditLog: append records to a file, at once or in the background, and what happens when that fails.
+
+A record that cannot be written is an AuditError ("stop", the default: nothing may happen unrecorded), or is counted and
+told by a record ``gap`` as soon as writing works again ("continue"). What tells the end of something that was recorded
+when it began (*late*) is never an error: it is kept in memory, within bounds, and written first when there is room.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import logging
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final, Literal, Self
+
+from sandboxd.audit.file import ChainFile
+from sandboxd.audit.record import Redactor, body, stamp
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+    from types import TracebackType
+
+__all__ = ["KEEP", "MAX_BYTES", "AuditError", "AuditLog"]
+
+log = logging.getLogger("sandboxd.audit")
+
+MAX_BYTES: Final = 64 << 20
+KEEP: Final = 8
+PENDING_BYTES: Final = 16 << 20
+"""Of records that could not be written yet."""
+QUEUE: Final = 10_000
+"""Records that wait for the background thread; with more, whoever appends writes them itself."""
+BATCH: Final = 500
+GATHER_SECONDS: Final = 0.02
+RETRY_SECONDS: Final = 0.5
+
+_Entry = tuple[int, "Mapping[str, Any]", "Redactor | None"]
+
+
+class AuditError(OSError):
+    """The audit record cannot be written or opened; errno and file name as of the system call that failed."""
+
+
+class AuditLog:
+    """The audit record at *path*: append-only, 0600, shared by whoever opens the same path. Thread-safe.
+
+    A file that would grow beyond *max_bytes* becomes ``PATH.1``; *keep* such are kept. *fsync*: each write is on the
+    disk before it returns, which takes milliseconds; without, a power cut loses the last seconds, a crash of this
+    program nothing. *buffered*: ``append`` only queues, and a thread writes within 50 ms. *redact* names keys of
+    arguments and results whose values are left out ("*" stands for anything).
+
+    Raises AuditError when it cannot be opened, unless *on_failure* is "continue".
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        max_bytes: int = MAX_BYTES,
+        keep: int = KEEP,
+        buffered: bool = False,
+        on_failure: Literal["stop", "continue"] = "stop",
+        redact: Iterable[str] = (),
+        fsync: bool = False,
+    ) -> None:
+        if max_bytes < 1 or keep < 1:
+            raise ValueError("max_bytes and keep are whole numbers from 1.")
+        self._closed = True
+        self.path = os.path.abspath(path)
+        self.on_failure = on_failure
+        self._file = ChainFile(self.path, max_bytes, keep, fsync)
+        self._redactor = Redactor(redact)
+        self._buffered = buffered
+        self._lock = threading.Lock()
+        self._error: OSError | None = None
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._lost = 0
+        self._since = 0
+        self._queue: deque[_Entry] = deque()
+        self._aside: deque[bytes] = deque()  # late ones that came while somebody else was writing
+        self._wake = threading.Event()
+        self._awake = False
+        self._thread: threading.Thread | None = None
+        try:
+            self._file.open()
+        except OSError as error:
+            self._file.close()
+            if on_failure == "stop":
+                raise self._as_ours(error) from error
+            self._failed(error)
+        self._closed = False
+        _open.add(self)
+
+    def append(self, record: Mapping[str, Any], *, late: bool = False, redactor: Redactor | None = None) -> None:
+        """Write *record*, which holds at least ``event`` and is this log's from now on: nobody changes it any more.
+
+        The time is that of the call. ``id``, ``client`` and ``policy`` are null where they are not given; arguments and
+        results are cut at 16 KiB. *redactor* is used instead of the log's own names.
+
+        Raises AuditError when it could not be written, or, buffered, when earlier ones could not; RuntimeError after
+        ``close``.
+        """
+        entry = (time.time_ns(), record, redactor)
+        if self._closed:
+            raise RuntimeError("This audit log is closed.")
+        if not self._buffered:
+            begun = self._body(entry)
+            if late:
+                self._aside.append(begun)
+                self._put_in()
+            else:
+                with self._held():
+                    self._write([begun], False)
+            return
+        if self._error is not None and self.on_failure == "stop" and not late:
+            raise self._as_ours(self._error)
+        if len(self._queue) >= QUEUE:
+            self._drain()
+        self._queue.append(entry)
+        if not self._awake:
+            self._awake = True
+            if self._thread is None:
+                self._start()
+            self._wake.set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something waits to be written that could not be before."""
+        return bool(self._pending or self._lost)
+
+    def flush(self) -> None:
+        """Write what waits. Raises AuditError when it cannot be written; it goes on waiting then."""
+        self._drain()
+        with self._held():
+            if self.is_behind:
+                self._write([], False)
+            if self._error is not None and self.on_failure == "stop":
+                raise self._as_ours(self._error)
+
+    def close(self) -> None:
+        """Write what waits and close the file; what cannot be written is logged as lost. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._wake.set()
+        self._drain()
+        with self._lock:
+            while self._aside:
+                self._write([self._aside.popleft()], True)
+            if self.is_behind:
+                self._try([])
+            lost = self._lost + len(self._pending)
+            if lost:
+                log.error("%s: %d records of the audit log are lost: %s", self.path, lost, self._error)
+            self._file.close()
+        _open.discard(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(f"unclosed audit log {self.path}", ResourceWarning, source=self, stacklevel=1)
+            self.close()
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[None]:
+        """The lock; whoever gives it back writes what came meanwhile."""
+        try:
+            with self._lock:
+                yield
+        finally:
+            self._put_in()
+
+    def _put_in(self) -> None:
+        """Write late records, unless somebody writes just now, who will then do it: the end of a run waits for no other
+        thread that writes many megabytes.
+        """
+        while self._aside and self._lock.acquire(blocking=False):
+            try:
+                while self._aside:
+                    self._write([self._aside.popleft()], True)
+            finally:
+                self._lock.release()
+
+    # Writing; the lock is held
+
+    def _write(self, bodies: list[bytes], late: bool) -> None:
+        error = self._try(bodies)
+        if error is None:
+            return
+        if late:
+            for begun in bodies:
+                self._keep(begun)
+        elif self.on_failure == "stop":
+            raise self._as_ours(error) from error
+        else:
+            self._lose(len(bodies))
+
+    def _try(self, bodies: list[bytes]) -> OSError | None:
+        """Write *bodies*, and before them what waits."""
+        behind = list(self._pending)
+        if self._lost:
+            behind.append(body({"event": "gap", "lost": self._lost, "since": stamp(self._since)}, time.time_ns()))
+        try:
+            self._file.append([*behind, *bodies])
+        except OSError as error:
+            self._failed(error)
+            return error
+        if self._error is not None:
+            log.warning("%s: the audit log is written again; records lost: %d", self.path, self._lost)
+        self._error = None
+        self._pending, self._pending_bytes, self._lost = [], 0, 0
+        return None
+
+    def _failed(self, error: OSError) -> None:
+        if self._error is None or self._error.errno != error.errno:
+            log.error("the audit log cannot be written: %s: %s", self.path, error.strerror or error)
+        self._error = error
+
+    def _keep(self, begun: bytes) -> None:
+        if self._pending_bytes + len(begun) > PENDING_BYTES:
+            self._lose(1)
+            return
+        self._pending.append(begun)
+        self._pending_bytes += len(begun)
+
+    def _lose(self, count: int) -> None:
+        if not self._lost:
+            self._since = time.time_ns()
+        self._lost += count
+
+    def _as_ours(self, error: OSError) -> AuditError:
+        number = error.errno or errno.EIO
+        return AuditError(number, error.strerror or os.strerror(number), self.path)
+
+    def _body(self, entry: _Entry) -> bytes:
+        nsec, record, redactor = entry
+        return body((redactor or self._redactor)(record), nsec)
+
+    # In the background
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=_work, args=(weakref.ref(self),), name="audit", daemon=True)
+                self._thread.start()
+
+    def _drain(self) -> None:
+        """Write the queue; what cannot be written is kept."""
+        with self._lock:
+            while self._queue:
+                entries = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+                self._write([self._body(entry) for entry in entries], True)
+
+    def _after_fork(self) -> None:
+        """In the child: what waits is the parent's, and so is the lock on the open file."""
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._awake, self._thread = False, None
+        self._queue.clear()
+        self._aside.clear()
+        self._pending, self._pending_bytes, self._lost = [], 0, 0
+        self._file.close()
+
+
+def _work(reference: weakref.ref[AuditLog]) -> None:
+    """The thread of a buffered log; ends with it."""
+    while True:
+        audit = reference()
+        if audit is None or audit._closed:
+            return
+        wake, behind = audit._wake, audit.is_behind
+        del audit  # so that one that nobody needs any more goes
+        if wake.wait(RETRY_SECONDS if behind else None):
+            time.sleep(GATHER_SECONDS)
+        audit = reference()
+        if audit is None or audit._closed:
+            return
+        wake.clear()
+        audit._awake = False
+        audit._drain()
+        if behind:
+            with audit._lock:
+                audit._try([])
+
+
+_open: weakref.WeakSet[AuditLog] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for one in list(_open):
+        one.close()
+
+
+def _after_fork_in_child() -> None:
+    for one in list(_open):
+        one._after_fork()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_after_fork_in_child)
