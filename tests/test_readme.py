@@ -114,7 +114,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     for name in ("examples", "policies"):
         shutil.copytree(ROOT / name, directory / name)
     path = tmp_path_factory.mktemp("run") / "daemon" / "sandboxd.sock"
-    command = [sys.executable, "-m", "sandboxd", "serve", "--socket", str(path)]
+    config = path.parent.parent / "sandboxd.toml"
+    config.write_text(f'[audit]\npath = "{path.parent.parent}/audit.jsonl"\n', "utf-8")
+    command = [sys.executable, "-m", "sandboxd", "serve", "--socket", str(path), "--config", str(config)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as daemon:
         assert daemon.stderr is not None
         said = ""

@@ -1,0 +1,161 @@
+"""``Dispatcher.handle``: every call of one message, side by side, answered in the message's order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import queue
+import threading
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from sandboxd.tools import forms, values, vendors
+from sandboxd.tools.outcome import Refused
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sandboxd.result import Result
+    from sandboxd.tools.attempts import Attempts
+    from sandboxd.tools.forms import Answer, Call
+    from sandboxd.tools.outcome import ToolResult
+    from sandboxd.tools.tool import Caller, Tool
+
+__all__ = ["ahandle", "handle"]
+
+AT_ONCE: Final = 16
+"""Calls of one message that are under way at the same time."""
+
+
+class Dispatching(Protocol):
+    """The part of a Dispatcher that is needed here."""
+
+    def call(self, name: str, arguments: Any, caller: Caller = "model") -> ToolResult: ...
+    async def acall(self, name: str, arguments: Any, caller: Caller = "model") -> ToolResult: ...
+    def _refuse(self, name: str, arguments: Any, caller: Caller, result: ToolResult) -> ToolResult: ...
+    def tool(self, name: str) -> Tool | None: ...
+    def result(self, run: str) -> Result: ...
+
+
+def handle(dispatcher: Dispatching, message: object, attempts: Attempts | None, pictures: bool) -> list[dict[str, Any]]:
+    """The messages that answer *message*. Raises ValueError as ``forms.calls_of`` does."""
+    steps = _steps(dispatcher, message, attempts, pictures)
+    if len(steps) == 1:
+        return forms.replies([steps[0].answered(steps[0].called())])
+    answers: list[Answer | None] = [None] * len(steps)
+    failures: list[BaseException] = []
+    pending: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(steps)):
+        pending.put(number)
+
+    def work() -> None:
+        while not failures:
+            try:
+                number = pending.get_nowait()
+            except queue.Empty:
+                return
+            try:
+                answers[number] = steps[number].answered(steps[number].called())
+            except BaseException as error:
+                failures.append(error)
+
+    # Daemon threads: a call that hangs must not delay the interpreter's end.
+    threads = [
+        threading.Thread(target=contextvars.copy_context().run, args=(work,), name="sandboxd-handle", daemon=True)
+        for _ in range(min(len(steps), AT_ONCE))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException as interrupt:
+        failures.append(interrupt)  # no further call begins
+        raise
+    if failures:
+        raise failures[0]
+    return forms.replies([one for one in answers if one is not None])
+
+
+async def ahandle(
+    dispatcher: Dispatching, message: object, attempts: Attempts | None, pictures: bool
+) -> list[dict[str, Any]]:
+    """As ``handle``, on the caller's loop; when it is cancelled, so are the calls."""
+    steps = _steps(dispatcher, message, attempts, pictures)
+    room = asyncio.Semaphore(AT_ONCE)
+
+    async def answer(step: _Step) -> Answer:
+        async with room:
+            return step.answered(await step.acalled())
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(answer(step)) for step in steps]
+    except BaseExceptionGroup as several:
+        raise several.exceptions[0] from None
+    return forms.replies([task.result() for task in tasks])
+
+
+def _steps(dispatcher: Dispatching, message: object, attempts: Attempts | None, pictures: bool) -> Sequence[_Step]:
+    calls = forms.calls_of(message)
+    if not calls and attempts is not None:
+        attempts.answered()
+    # Attempts are counted here, in the message's order, not in the order in which threads come to them.
+    return [_Step(dispatcher, call, attempts, pictures) for call in calls]
+
+
+class _Step:
+    """One call, from the message to its answer."""
+
+    def __init__(self, dispatcher: Dispatching, call: Call, attempts: Attempts | None, pictures: bool) -> None:
+        self._dispatcher = dispatcher
+        self._call = call
+        self._attempts = attempts if call.name == forms.RUN_CODE else None
+        self._number = None if self._attempts is None else self._attempts.begin()
+        self._pictures = pictures
+
+    def called(self) -> ToolResult:
+        call = self._call
+        return self._too_many() or self._dispatcher.call(call.name, self._arguments(), call.caller)
+
+    async def acalled(self) -> ToolResult:
+        call = self._call
+        return self._too_many() or await self._dispatcher.acall(call.name, self._arguments(), call.caller)
+
+    def _too_many(self) -> ToolResult | None:
+        if self._attempts is None or self._number is not None:
+            return None
+        call = self._call
+        return self._dispatcher._refuse(call.name, call.arguments, call.caller, self._attempts.used_up())
+
+    def _arguments(self) -> Any:
+        """What the dispatcher is to check; text that is no JSON goes there as it is and is refused there."""
+        call = self._call
+        if call.form == "anthropic":
+            return call.arguments
+        arguments = call.arguments
+        if isinstance(arguments, str):
+            try:
+                arguments = values.parse(arguments)
+            except Refused:
+                return call.arguments
+        tool = self._dispatcher.tool(call.name)
+        return arguments if tool is None or not isinstance(arguments, dict) else vendors.from_openai(tool, arguments)
+
+    def answered(self, result: ToolResult) -> Answer:
+        call = self._call
+        note = ""
+        if self._attempts is not None and self._number is not None:
+            note = self._attempts.end(self._number, result)
+        pictures, more = self._shown(result)
+        note = "\n".join(part for part in (more, note) if part)
+        text = forms.text_of(call.name, result, call.caller, note)
+        return forms.Answer(call, text, not result.ok, pictures)
+
+    def _shown(self, result: ToolResult) -> tuple[Sequence[Any], str]:
+        if not (self._pictures and result.ok and self._call.name == forms.RUN_CODE and self._call.caller == "model"):
+            return (), ""
+        try:
+            kept = self._dispatcher.result(result.value["id"])
+        except KeyError:  # made room for others already
+            return (), ""
+        return forms.picture_notes(kept)

@@ -1,0 +1,137 @@
+"""Pictures that a run made: PNG and JPEG, looked at closely enough that a vendor's service will take them. Pure.
+
+They are a program's output, so nothing is decoded here: sizes, checksums and markers are read, no pixel. A picture that
+a service would refuse is left out and said so: one refused picture ends a whole conversation.
+"""
+
+from __future__ import annotations
+
+import binascii
+import struct
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sandboxd.result import Result
+
+__all__ = ["MOST_PICTURES", "PICTURE_BYTES", "PICTURE_PIXELS", "Picture", "pictures_of"]
+
+MOST_PICTURES: Final = 4
+PICTURE_BYTES: Final = 3 << 20
+"""Services take about 5 MB in base64, which is a third longer."""
+PICTURE_PIXELS: Final = 8000
+"""The longest side that services take."""
+
+_SUFFIXES: Final = (".png", ".jpg", ".jpeg")
+_PNG: Final = b"\x89PNG\r\n\x1a\n"
+# Start-of-frame markers of JPEG, which carry the size; 0xC4, 0xC8 and 0xCC are others. ITU-T T.81, table B.1
+_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One picture: the file's path or the displayed value's name, its type, its bytes."""
+
+    name: str
+    mime: Literal["image/png", "image/jpeg"]
+    data: bytes
+
+
+def pictures_of(result: Result) -> tuple[list[Picture], list[str]]:
+    """The pictures among the files and displayed values of *result*, at most four, and a line for each one left out.
+
+    Raises ValueError when the Result was closed.
+    """
+    pictures: list[Picture] = []
+    left_out: list[str] = []
+    for name, size, read in _candidates(result):
+        if len(pictures) == MOST_PICTURES:
+            left_out.append(f"{name}: not shown, only {MOST_PICTURES} pictures are")
+        elif size > PICTURE_BYTES:
+            left_out.append(f"{name}: not shown, {size:,} bytes are more than {PICTURE_BYTES:,}")
+        else:
+            try:
+                data = read()
+                pictures.append(Picture(name, _checked(data), data))
+            except _Unfit as why:
+                left_out.append(f"{name}: not shown, {why}")
+    return pictures, left_out
+
+
+class _Unfit(Exception):
+    """Why a picture is left out."""
+
+
+def _candidates(result: Result) -> Iterator[tuple[str, int, Callable[[], bytes]]]:
+    for number, shown in enumerate(result.results):
+        for kind, text in shown.mime.items():
+            if kind in ("image/png", "image/jpeg"):
+                yield f"results/{number}", len(text) * 3 // 4, partial(_decoded, text)
+    for file in result.files:
+        if file.path.lower().endswith(_SUFFIXES):
+            yield file.path, file.size_bytes, file.read
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return binascii.a2b_base64(text.encode("ascii"), strict_mode=True)
+    except (ValueError, UnicodeEncodeError):
+        raise _Unfit("it is not base64") from None
+
+
+def _checked(data: bytes) -> Literal["image/png", "image/jpeg"]:
+    if data.startswith(_PNG):
+        _fits(_png_size(data))
+        return "image/png"
+    if data.startswith(b"\xff\xd8\xff"):
+        _fits(_jpeg_size(data))
+        return "image/jpeg"
+    raise _Unfit("it is neither PNG nor JPEG")
+
+
+def _fits(size: tuple[int, int]) -> None:
+    if not all(1 <= side <= PICTURE_PIXELS for side in size):
+        raise _Unfit(f"{size[0]} x {size[1]} pixels; the longest side may have {PICTURE_PIXELS}")
+
+
+def _png_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a PNG whose chunks are whole. PNG specification, section 5."""
+    size: tuple[int, int] | None = None
+    at, seen = len(_PNG), False
+    while at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        end = at + 12 + length
+        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            break
+        kind = data[at + 4 : at + 8]
+        if size is None:
+            if kind != b"IHDR" or length != 13:
+                break
+            size = struct.unpack(">II", data[at + 8 : at + 16])
+        seen = seen or kind == b"IDAT"
+        if kind == b"IEND" and seen:
+            return size
+        at = end
+    raise _Unfit("the PNG is damaged")
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a JPEG that has a frame, a scan and an end. ITU-T T.81, annex B."""
+    size: tuple[int, int] | None = None
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if kind == 0xFF:  # fill bytes
+            at += 1
+            continue
+        if kind in _FRAMES and at + 9 <= len(data):
+            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+            size = (width, height)
+        if kind == 0xDA and size is not None and b"\xff\xd9" in data[at:]:
+            return size
+        at += 2 + length
+    raise _Unfit("the JPEG is damaged")
