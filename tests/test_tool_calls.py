@@ -18,7 +18,9 @@ import pytest
 
 from sandboxd import AsyncSandbox, Limits, ProtocolError, Sandbox, toolframes
 from sandboxd.errors import Unavailable
+from sandboxd.tools import link
 from sandboxd.tools.link import CodeRun, Toolbox
+from sandboxd.tools.running import NoThread
 from tests import daemons, leftovers
 
 if TYPE_CHECKING:
@@ -853,6 +855,21 @@ def test_host_that_dies_in_a_call_leaves_nothing(how: str) -> None:
         host.send_signal(signal.SIGKILL)
     leftovers.eventually(lambda: not leftovers.lives(engine), 20, "the engine is still there")
     leftovers.assert_nothing_new(before)
+
+
+def test_program_is_told_when_its_host_has_no_threads_left(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def start(self, function: Callable[[], None]) -> None:
+            raise NoThread
+
+    monkeypatch.setattr(link, "_threads", Full())
+    code = """
+    try:
+        tools.echo(1)
+    except tools.ToolError as error:
+        print(error.code)
+    """
+    Tools(sandbox).says(code, "unavailable")
 
 
 def test_runs_side_by_side_never_see_each_others_calls(sandbox: Sandbox) -> None:

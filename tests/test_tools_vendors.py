@@ -175,6 +175,13 @@ def test_callers_are_said_where_the_vendor_has_words_for_it() -> None:
     assert callers["only_model"] == ["direct"]
 
 
+def test_without_anthropics_code_execution_tools_are_for_direct_calls() -> None:
+    with Dispatcher(TOOLS) as dispatcher:
+        made = dispatcher.schemas("anthropic", code_execution=None)
+    assert "only_code" not in [one["name"] for one in made]
+    assert {tuple(one["allowed_callers"]) for one in made} == {("direct",)}
+
+
 # OpenAI's strict mode
 
 

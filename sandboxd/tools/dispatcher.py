@@ -125,9 +125,20 @@ class Dispatcher:
         self._usable(caller)
         return await self._drive_async(_Call(name, arguments, caller, None))
 
-    def schemas(self, vendor: Literal["openai", "anthropic", "mcp"]) -> list[dict[str, Any]]:
-        """The tools as *vendor*'s interface takes them; without a sandbox, without run_code. Raises ValueError."""
-        return vendors.schemas(vendor, [*self.tools.values(), *([] if self.sandbox is None else [self._code.tool])])
+    def schemas(
+        self,
+        vendor: Literal["openai", "anthropic", "mcp"],
+        *,
+        code_execution: str | None = vendors.ANTHROPIC_CODE_CALLER,
+    ) -> list[dict[str, Any]]:
+        """The tools as *vendor*'s interface takes them; without a sandbox, without run_code. Raises ValueError.
+
+        *code_execution* is what Anthropic's ``allowed_callers`` calls code. None for a request without Anthropic's own
+        code execution tool, which those names ask for: tools are then for direct calls alone, and those that only code
+        may call are left out. Code in the sandbox may call what it may either way.
+        """
+        offered = [*self.tools.values(), *([] if self.sandbox is None else [self._code.tool])]
+        return vendors.schemas(vendor, offered, code_execution)
 
     def stubs(self) -> str:
         """The tools that code may call, as typed stubs for a prompt."""

@@ -11,16 +11,16 @@ Who calls is the socket: it belongs to one run, and nothing in a packet says any
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import itertools
 import logging
+import math
 import socket
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import toolframes
 from sandboxd.errors import ProtocolError, Unavailable
+from sandboxd.tools.running import NoThread, Threads
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +31,6 @@ log = logging.getLogger("sandboxd.tools")
 
 WAITING: Final = 2
 """Threads that stay at a run's socket when their call is over: while one is at work, the other hears the next call."""
-IDLE_SECONDS: Final = 30.0
 
 
 class CodeRun:
@@ -89,7 +88,11 @@ class Toolbox:
             self.id = run
             self._sock = sock
             self._threads = self._waiting = 1  # many runs call nothing
-        _threads.run(self._serve)
+        try:
+            _threads.start(self._serve)
+        except NoThread:
+            log.error("run %s: its tools cannot be served: no more threads can be started", run)
+            self._leave(sock)
 
     def end(self) -> None:
         """As ``ToolHost``. Calls that are under way go on, and their answers are dropped."""
@@ -153,7 +156,12 @@ class Toolbox:
                     self._waiting += 1
                     self._threads += 1
             if more:
-                _threads.run(self._serve)
+                try:
+                    _threads.start(self._serve)
+                except NoThread:  # those that are there come back to it
+                    with self._lock:
+                        self._waiting -= 1
+                        self._threads -= 1
             if not data:
                 self.end()
             return call
@@ -240,55 +248,4 @@ class Answer:
             return self._found or b""
 
 
-class _Threads:
-    """Daemon threads that are kept for a while when they have nothing to do: they never delay the interpreter's end."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._idle: collections.deque[_Thread] = collections.deque()
-        self._count = itertools.count(1)
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Have *work* done by one of them, at once. Raises RuntimeError when there can be no more threads."""
-        with self._lock:
-            thread = self._idle.pop() if self._idle else None
-        if thread is None:
-            thread = _Thread(self._rest, f"sandboxd-tools-{next(self._count)}")
-        thread.do(work)
-
-    def _rest(self, thread: _Thread) -> None:
-        with self._lock:
-            self._idle.append(thread)
-
-    def give_up(self, thread: _Thread) -> bool:
-        """*thread* has waited long enough; False when it has just been given work."""
-        with self._lock:
-            try:
-                self._idle.remove(thread)
-            except ValueError:
-                return False
-        return True
-
-
-class _Thread:
-    def __init__(self, rest: Callable[[_Thread], None], name: str) -> None:
-        self._rest = rest
-        self._work: Callable[[], None] | None = None
-        self._called = threading.Lock()
-        self._called.acquire()
-        threading.Thread(target=self._live, name=name, daemon=True).start()
-
-    def do(self, work: Callable[[], None]) -> None:
-        self._work = work
-        self._called.release()
-
-    def _live(self) -> None:
-        while self._called.acquire(timeout=IDLE_SECONDS) or not _threads.give_up(self):
-            work, self._work = self._work, None
-            if work is not None:
-                work()
-                del work
-                self._rest(self)
-
-
-_threads: Final = _Threads()
+_threads: Final = Threads(most_abandoned=1, most_threads=math.inf)  # each run has some, for as long as it lasts

@@ -57,8 +57,9 @@ class Threads:
     At most *most_abandoned* functions may be left behind; then ``run`` and ``run_async`` raise NoThread.
     """
 
-    def __init__(self, most_abandoned: int) -> None:
+    def __init__(self, most_abandoned: int, most_threads: float = _THREADS) -> None:
         self._most_abandoned = most_abandoned
+        self._most_threads = most_threads
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._idle = 0
@@ -102,6 +103,10 @@ class Threads:
             raise
         return self._result(job)
 
+    def start(self, function: Callable[[], None]) -> None:
+        """Have *function*, which must not raise, called in a thread; nobody waits for it. Raises NoThread."""
+        self._submit(function, _nobody)
+
     def close(self) -> None:
         """Let idle threads go; those at work end after it."""
         with self._changed:
@@ -116,7 +121,7 @@ class Threads:
             self._waiting.append(job)
             if self._idle >= len(self._waiting):
                 self._changed.notify()
-            elif self._working + self._idle - self.abandoned < _THREADS:
+            elif self._working + self._idle - self.abandoned < self._most_threads:
                 self._working += 1
                 try:
                     threading.Thread(target=self._work, name="sandboxd tool", daemon=True).start()
@@ -180,6 +185,10 @@ class Threads:
             job = self._waiting.popleft()
             job.started = True
             return job
+
+
+def _nobody() -> None:
+    """Is told that a function has ended."""
 
 
 async def _outcome(function: Callable[[], Coroutine[Any, Any, Any]]) -> Outcome:

@@ -31,25 +31,28 @@ _SAYING = frozenset(("type", "enum", "const", "anyOf", "oneOf", "$ref"))
 _SAID = {"minLength": "at least {} characters", "maxLength": "at most {} characters", "contentEncoding": "in {}"}
 
 
-def schemas(vendor: str, tools: Iterable[Tool]) -> list[dict[str, Any]]:
+def schemas(
+    vendor: str, tools: Iterable[Tool], code_execution: str | None = ANTHROPIC_CODE_CALLER
+) -> list[dict[str, Any]]:
     """*tools* for "openai" (Chat Completions, strict where it can be), "anthropic" or "mcp". Raises ValueError.
 
-    Tools that only code may call are left out of the first and the last, which know no such thing.
+    Tools that only code may call are left out of the first and the last, which know no such thing; of the second, when
+    *code_execution*, the name of its own code as a caller, is None.
     """
     match vendor:
         case "openai":
             return [openai(tool) for tool in tools if "model" in tool.callers]
         case "anthropic":
-            return [anthropic(tool) for tool in tools]
+            return [anthropic(tool, code_execution) for tool in tools if code_execution or "model" in tool.callers]
         case "mcp":
             return [mcp(tool) for tool in tools if "model" in tool.callers]
         case _:
             raise ValueError(f'A vendor is "openai", "anthropic" or "mcp", not {vendor!r}.')
 
 
-def anthropic(tool: Tool) -> dict[str, Any]:
+def anthropic(tool: Tool, code_execution: str | None = ANTHROPIC_CODE_CALLER) -> dict[str, Any]:
     """An entry of ``tools`` in Anthropic's Messages interface."""
-    names = {"model": "direct", "code": ANTHROPIC_CODE_CALLER}
+    names = {"model": "direct", **({"code": code_execution} if code_execution else {})}
     return {
         "name": tool.name,
         "description": tool.description,
