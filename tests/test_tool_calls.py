@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd import AsyncSandbox, Limits, ProtocolError, Sandbox, toolframes
+from sandboxd.cgroup import discover
 from sandboxd.errors import Unavailable
 from sandboxd.tools import link
 from sandboxd.tools.link import CodeRun, Toolbox
@@ -71,6 +72,41 @@ def refusal(code: str, message: str, hint: str = "") -> bytes:
 def echo(body: bytes, run: CodeRun) -> bytes:
     arguments = json.loads(body)["arguments"]
     return answer(arguments.get("value"))
+
+
+def after_the_next() -> Callable[[bytes, CodeRun], bytes]:
+    """A tool whose call "slow" is answered when another one comes."""
+    go = threading.Event()
+
+    def call(body: bytes, run: CodeRun) -> bytes:
+        if json.loads(body)["arguments"]["value"] == "slow":
+            go.wait(20)
+        else:
+            go.set()
+        return echo(body, run)
+
+    return call
+
+
+def all_together(count: int) -> Callable[[bytes, CodeRun], bytes]:
+    """A tool that answers when *count* calls of it are under way."""
+    together = threading.Barrier(count)
+
+    def call(body: bytes, run: CodeRun) -> bytes:
+        together.wait(20)
+        return echo(body, run)
+
+    return call
+
+
+def until(over: threading.Event) -> Callable[[bytes, CodeRun], bytes]:
+    """A tool that answers when *over* is set."""
+
+    def call(body: bytes, run: CodeRun) -> bytes:
+        over.wait(25)
+        return echo(body, run)
+
+    return call
 
 
 class Tools:
@@ -186,34 +222,22 @@ def test_what_has_no_form_in_json_is_refused_in_the_cell(tools: Tools, value: st
 
 
 def test_threads_call_side_by_side(tools: Tools) -> None:
-    together = threading.Barrier(8)
-
-    def meet(body: bytes, run: CodeRun) -> bytes:
-        together.wait(20)
-        return echo(body, run)
-
     code = """
     from concurrent.futures import ThreadPoolExecutor
     with ThreadPoolExecutor(8) as pool:
         print(list(pool.map(tools.echo, range(16))))
     """
-    tools.says(code, str(list(range(16))), call=meet)
+    tools.says(code, str(list(range(16))), call=all_together(8))
 
 
 def test_tasks_call_side_by_side(tools: Tools) -> None:
-    together = threading.Barrier(8)
-
-    def meet(body: bytes, run: CodeRun) -> bytes:
-        together.wait(20)
-        return echo(body, run)
-
     code = """
     import asyncio
     async def main():
         print(await asyncio.gather(*(tools.aio.echo(n) for n in range(16))))
     asyncio.run(main())
     """
-    tools.says(code, str(list(range(16))), call=meet)
+    tools.says(code, str(list(range(16))), call=all_together(8))
 
 
 def test_threads_and_loops_share_the_channel(tools: Tools) -> None:
@@ -235,15 +259,6 @@ def test_threads_and_loops_share_the_channel(tools: Tools) -> None:
 
 
 def test_cancelled_task_leaves_the_others_alone(tools: Tools) -> None:
-    go = threading.Event()
-
-    def slow(body: bytes, run: CodeRun) -> bytes:
-        if json.loads(body)["arguments"]["value"] == "slow":
-            go.wait(20)
-        else:
-            go.set()
-        return echo(body, run)
-
     code = """
     import asyncio
     async def main():
@@ -255,19 +270,10 @@ def test_cancelled_task_leaves_the_others_alone(tools: Tools) -> None:
     asyncio.run(main())
     print(tools.echo("last"))
     """
-    tools.says(code, "late", "next", "last", call=slow)
+    tools.says(code, "late", "next", "last", call=after_the_next())
 
 
 def test_interrupted_thread_leaves_the_others_alone(tools: Tools) -> None:
-    go = threading.Event()
-
-    def slow(body: bytes, run: CodeRun) -> bytes:
-        if json.loads(body)["arguments"]["value"] == "slow":
-            go.wait(20)
-        else:
-            go.set()
-        return echo(body, run)
-
     code = """
     import signal, threading
     def late(*_): raise TimeoutError
@@ -281,7 +287,7 @@ def test_interrupted_thread_leaves_the_others_alone(tools: Tools) -> None:
     thread = threading.Thread(target=lambda: print(tools.echo("other")))
     thread.start(); thread.join()
     """
-    tools.says(code, "late", "next", "other", call=slow)
+    tools.says(code, "late", "next", "other", call=after_the_next())
 
 
 def test_call_that_is_interrupted_while_it_is_sent_goes_out_whole(tools: Tools) -> None:
@@ -423,24 +429,14 @@ def test_cpu_time_counts_while_a_tool_is_waited_for(tools: Tools) -> None:
     while True: pass
     """
     over = threading.Event()
-
-    def hang(body: bytes, run: CodeRun) -> bytes:
-        over.wait(25)
-        return echo(body, run)
-
-    result = tools.run(code, hang, limits=Limits(cpu_seconds=0.5, wall_seconds=20))
+    result = tools.run(code, until(over), limits=Limits(cpu_seconds=0.5, wall_seconds=20))
     over.set()
     assert result.status == "cpu"
 
 
 def test_hung_tool_ends_the_run_and_not_its_caller(tools: Tools) -> None:
     over = threading.Event()
-
-    def hang(body: bytes, run: CodeRun) -> bytes:
-        over.wait(25)
-        return echo(body, run)
-
-    result = tools.run("print('before', flush=True)\ntools.echo(1)", hang, limits=Limits(tool_wait_seconds=0.3))
+    result = tools.run("print('before', flush=True)\ntools.echo(1)", until(over), limits=Limits(tool_wait_seconds=0.3))
     assert (result.status, result.stdout) == ("timeout", "before\n")
     over.set()
 
@@ -560,6 +556,37 @@ def test_run_that_is_over_is_not_frozen_any_more(tools: Tools) -> None:
     assert failed
 
 
+WITHOUT_V2 = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+from sandboxd import Limits, Sandbox
+from tests.test_tool_calls import GAP, Tools, echo
+def ask(body, run):
+    with run.frozen():
+        threading.Event().wait(0.6)
+    return echo(body, run)
+with Sandbox() as sandbox:
+    print(sandbox.run("1").isolation.cgroup.version)
+    print(Tools(sandbox).run(GAP + "tools.echo(1)\\ntime.sleep(0.02)\\nprint(gap > 0.5)", ask).stdout.strip())
+    short = Limits(approval_seconds=0.2)
+    ended = Tools(sandbox).run("import os\\nos.fork()\\ntools.echo(1)", ask, limits=short)
+    print(ended.status, ended.limits_hit[0].limit, sandbox.run("print(6 * 7)").stdout.strip())
+"""
+
+
+def test_freezing_without_cgroup_v2() -> None:
+    layout = discover()
+    if layout.v2 is None or layout.v2.controllers or layout.freezer is None:
+        pytest.skip("controllers are on v2 here")
+    before = leftovers.snapshot()
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    script = f'umount --lazy {layout.v2.mount_point} && exec "$0" -c "$1" "$2"'
+    command = ["unshare", "--mount", "sh", "-c", script, sys.executable, WITHOUT_V2, root]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["v1", "True", "timeout approval_seconds 42"], done.stderr
+    leftovers.assert_nothing_new(before)
+
+
 # --- hostile programs ---------------------------------------------------------------------------------------------
 
 
@@ -628,15 +655,10 @@ def test_calls_beyond_their_number_are_refused_without_the_host(tools: Tools) ->
 
 def test_too_many_calls_at_a_time_are_busy(tools: Tools) -> None:
     over = threading.Event()
-
-    def hold(body: bytes, run: CodeRun) -> bytes:
-        over.wait(25)
-        return echo(body, run)
-
     threading.Timer(1, over.set).start()
     code = RAW + "for n in range(80): call(n, n)\nfound = answers(80)\n"
     code += "print(sum(one['ok'] for one in found), {one['error']['code'] for one in found if not one['ok']})"
-    tools.says(code, "64 {'busy'}", call=hold)
+    tools.says(code, "64 {'busy'}", call=until(over))
 
 
 def test_ten_thousand_calls_are_answered_or_refused(tools: Tools) -> None:
@@ -658,6 +680,26 @@ def test_flood_without_reading_is_stopped(tools: Tools) -> None:
     result = tools.run(code, limits=Limits(wall_seconds=2, tool_wait_seconds=2))
     assert result.status == "timeout"
     assert len(tools.seen) <= 1000
+
+
+def test_flood_of_one_part_again_and_again_is_stopped(tools: Tools) -> None:
+    code = (
+        RAW
+        + """
+import select
+part = b'x' * 61440
+os.write(3, frame(body=part, total=200000))
+os.write(3, frame(body=part, total=200000, index=1))
+poll = select.poll()
+poll.register(3, select.POLLOUT)
+sent = 0
+while sent < 30_000 and poll.poll(1000):
+    os.write(3, frame(body=part, total=200000, index=1))
+    sent += 1
+print(10_000 <= sent < 10_100)
+"""
+    )
+    assert tools.run(code, limits=Limits(tool_wait_seconds=50)).stdout == "True\n"
 
 
 def test_thousand_threads_are_served_in_turn(tools: Tools) -> None:

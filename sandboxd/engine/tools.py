@@ -29,7 +29,7 @@ __all__ = ["Caller", "ToolLink"]
 log = logging.getLogger("sandboxd.engine")
 
 REFUSALS: Final = 10_000
-"""Calls beyond their number that still get an answer."""
+"""Calls that are refused here, and parts that come twice, before a run is heard no more."""
 _room: Final = bytearray(toolframes.PACKET_BYTES + 1)
 _view: Final = memoryview(_room)
 PACKETS: Final = 16
@@ -128,6 +128,7 @@ class ToolLink:
         # A program that is interrupted while it sends a part cannot know whether that has gone, and sends it again.
         this, before = (head.number, head.index), self._heard_last
         if this == before and (head.index or self._calling is not None):
+            self._vain()
             return
         self._heard_last = this
         if self._calling is None:
@@ -168,10 +169,14 @@ class ToolLink:
             if len(self._open) == 1:
                 self._caller.waits(True)
             return None
+        self._vain()
+        return refusal
+
+    def _vain(self) -> None:
+        """Count what leads to nothing. Raises ProtocolError when it is too much."""
         self._refusals += 1
         if self._refusals > REFUSALS:
             raise ProtocolError("a flood of calls")
-        return refusal
 
     # From the host
 
