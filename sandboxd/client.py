@@ -21,6 +21,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, Final, NoReturn, Self
 
 from sandboxd import protocol
+from sandboxd.closing import Closing
 from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable, from_plain, later
 from sandboxd.launcher import EngineProcess
 from sandboxd.limits import parse, shown
@@ -28,7 +29,6 @@ from sandboxd.wire import check_args, check_code, check_env
 
 if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's process begins first
     from collections.abc import Sequence
-    from types import TracebackType
 
     from sandboxd.direct import Direct, Offers
     from sandboxd.exchange import Exchange, FileContent, TextCallback, ToolHost
@@ -135,7 +135,7 @@ class Cancel:
             self()  # between two looks it may be sent twice, of which the engine ignores one
 
 
-class Sandbox:
+class Sandbox(Closing):
     """A sandbox with one policy. Thread-safe; a context manager.
 
     ``Sandbox(policy)`` starts an engine of its own, which takes some 100 ms and needs root;
@@ -582,14 +582,6 @@ class Sandbox:
         self._idle, self._busy = [], set()
         if self._engine is not None:
             self._engine.abandon()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

@@ -26,13 +26,13 @@ import stat
 import struct
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
+from sandboxd.closing import Closing
 from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-    from types import TracebackType
 
     from _typeshed import StrPath
 
@@ -117,7 +117,7 @@ class SlotIds:
         return self.base + self.guest_uid(slot)
 
 
-class IdBlock:
+class IdBlock(Closing):
     """A claimed block of host ids: this process's own until close() or its death, then free at once.
 
     The descriptor behind it is close-on-exec; a child forked without exec must close its copy, for it keeps the claim.
@@ -151,12 +151,6 @@ class IdBlock:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"IdBlock({self.base}:{self.count}{'' if self._fd >= 0 else ', closed'})"

@@ -128,7 +128,7 @@ _TABLE = (
     ),
     Limit(
         "tool_wait_seconds", "seconds", 60.0, 0.001, _YEAR,
-        "the engine's clock: how long a program may wait for tools, all calls together, while its wall clock stands still",
+        "the engine's clock: how long a program may wait for tools, all calls together; its wall clock stands still",
         "the engine's clock fires in milliseconds",
     ),
     Limit(

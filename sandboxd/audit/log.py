@@ -17,14 +17,14 @@ import time
 import warnings
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from sandboxd.audit.file import ChainFile
 from sandboxd.audit.record import Redactor, body, stamp
+from sandboxd.closing import Closing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
-    from types import TracebackType
 
 __all__ = ["KEEP", "MAX_BYTES", "AuditError", "AuditLog"]
 
@@ -47,7 +47,7 @@ class AuditError(OSError):
     """The audit record cannot be written or opened; errno and file name as of the system call that failed."""
 
 
-class AuditLog:
+class AuditLog(Closing):
     """The audit record at *path*: append-only, 0600, shared by whoever opens the same path. Thread-safe.
 
     A file that would grow beyond *max_bytes* becomes ``PATH.1``; *keep* such are kept. *fsync*: each write is on the
@@ -161,14 +161,6 @@ class AuditLog:
                 log.error("%s: %d records of the audit log are lost: %s", self.path, lost, self._error)
             self._file.close()
         _open.discard(self)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):

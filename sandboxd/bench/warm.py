@@ -10,12 +10,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from sandboxd.bench.stats import Failed
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from sandboxd.closing import Closing
 
 __all__ = ["WarmProcess", "forking_loops", "plain_environment"]
 
@@ -38,7 +36,7 @@ def plain_environment(scratch: str) -> dict[str, str]:
     }
 
 
-class WarmProcess:
+class WarmProcess(Closing):
     """One such interpreter, in a process of its own. A context manager; one request at a time."""
 
     def __init__(self, preload: tuple[str, ...] = (), warmup: str = "", interpreter: str | None = None) -> None:
@@ -116,14 +114,6 @@ class WarmProcess:
             self._process.kill()
             self._process.wait()
         self._scratch.cleanup()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def forking_loops(processes: list[WarmProcess], seconds: float) -> float:

@@ -8,7 +8,7 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 from sandboxd.cgroup import v1, v2
 from sandboxd.cgroup.discovery import CONTROLLERS, Hierarchy, Layout
@@ -16,11 +16,11 @@ from sandboxd.cgroup.files import Fds, Group, kill_listed
 from sandboxd.cgroup.leaf import Leaf, LeafGroups
 from sandboxd.cgroup.pids import bound_pids
 from sandboxd.cgroup.place import Place, start_time, v2_roots
+from sandboxd.closing import Closing
 from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
 
 __all__ = ["Bounds", "Facts", "Instance"]
 
@@ -92,7 +92,7 @@ def _unavailable(error: OSError, hierarchy: Hierarchy) -> Unavailable:
     return Unavailable("cgroup", error.errno, fix, f"cgroup v{hierarchy.version} ({names}), {where}: {error.strerror}")
 
 
-class Instance:
+class Instance(Closing):
     """The directories of this engine, held until ``close``. Used by one thread of one process; use ``create``."""
 
     def __init__(self, v1_places: list[Place], v2_place: Place | None, cleanup: ExitStack, missing: list[str]) -> None:
@@ -280,14 +280,6 @@ class Instance:
         paths = self.paths()
         self._cleanup.close()
         return [path for path in paths if os.path.isdir(path)]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _joined(hierarchies: list[Hierarchy], extra: Hierarchy) -> list[Hierarchy]:

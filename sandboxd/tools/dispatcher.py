@@ -14,8 +14,9 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
+from sandboxd.closing import Closing
 from sandboxd.tools import answers, checking, recording, values, vendors
 from sandboxd.tools.approval import Question
 from sandboxd.tools.outcome import Refused, ToolResult, refusal, shown
@@ -28,7 +29,6 @@ from sandboxd.tools.tool import CALLERS, Tool
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from pathlib import Path
-    from types import TracebackType
 
     from sandboxd.aio import AsyncSandbox
     from sandboxd.audit import AuditLog
@@ -63,7 +63,7 @@ class _Call:
         self.given: dict[str, Any] = {}  # what the function gets
 
 
-class Dispatcher:
+class Dispatcher(Closing):
     """Tools, and everything that stands between them and their callers. To be closed, or used with ``with``.
 
     *tools* are Tools or plain annotated functions; ``run_code`` is there by itself and needs *sandbox*. *approve* is
@@ -197,14 +197,6 @@ class Dispatcher:
         log, self._log = self._log, None
         if log is not None and self._owns_log:
             log.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
 
     # What code in a cell calls, through link.py
 
