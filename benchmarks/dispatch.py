@@ -93,7 +93,7 @@ def main() -> None:
         Dispatcher(tools) as bare,
     ):
         calls: dict[str, Callable[[], object]] = {
-            "function alone": lambda: empty(**ARGUMENTS),
+            "function alone": lambda: empty("Q3", 5),
             "call, audit buffered": lambda: audited.call("empty", ARGUMENTS),
             "call, no audit": lambda: bare.call("empty", ARGUMENTS),
             "call, refused for its arguments": lambda: bare.call("empty", {"quarter": "Q5"}),

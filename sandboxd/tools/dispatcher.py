@@ -79,7 +79,7 @@ class Dispatcher(Closing):
 
     def __init__(
         self,
-        tools: Iterable[Tool | Callable[..., Any]] = (),
+        tools: Iterable[object] = (),  # a list of several tools is inferred as list[object]
         *,
         sandbox: Sandbox | AsyncSandbox | None = None,
         approve: Approve | None = None,
@@ -353,10 +353,10 @@ def _parts(frame: object) -> tuple[Any, dict[str, Any]]:
     return parts["tool"], cast("dict[str, Any]", parts["arguments"])
 
 
-def _named(tools: Iterable[Tool | Callable[..., Any]]) -> dict[str, Tool]:
+def _named(tools: Iterable[object]) -> dict[str, Tool]:
     made: dict[str, Tool] = {}
     for given in tools:
-        one = given if isinstance(given, Tool) else Tool(given)
+        one = given if isinstance(given, Tool) else Tool(cast("Callable[..., Any]", given))
         if one.name == RUN_CODE:
             raise ValueError("run_code is the dispatcher's own tool; another cannot have its name.")
         if one.name in _RESERVED:
