@@ -355,6 +355,8 @@ WIDER: list[tuple[str, Any, str]] = [
     ("output_bytes", 2 << 20, "1M"),
     ("output_stop_bytes", "unlimited", "8M"),
     ("queue_seconds", 31, "30"),
+    ("tool_wait_seconds", 61, "60"),
+    ("approval_seconds", "unlimited", "300"),
 ]
 
 
