@@ -14,6 +14,7 @@ side and repeats these numbers.
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -36,6 +37,8 @@ OUTSTANDING: Final = 64
 CALLS: Final = 1_000
 """Calls of one run, unless the host says otherwise."""
 CALLS_MOST: Final = 1_000_000
+BEGINNING: Final = re.compile(rb'\{"tool": "([A-Za-z][A-Za-z0-9_]{0,63})", "arguments": ')
+"""How the body of a call begins, to the letter: so that its tool is known, for the record, without reading the rest."""
 MODULE_BYTES: Final = 256 << 10
 """The longest source text of a cell's tools."""
 

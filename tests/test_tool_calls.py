@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -309,6 +310,43 @@ def test_call_that_is_interrupted_while_it_is_sent_goes_out_whole(tools: Tools) 
     tools.says(code, "True last")
 
 
+def test_answers_to_interrupted_calls_make_room_for_others(tools: Tools) -> None:
+    go = threading.Event()
+
+    def slow(body: bytes, run: CodeRun) -> bytes:
+        if json.loads(body)["arguments"]["value"] == "slow":
+            go.wait(20)
+        return echo(body, run)
+
+    code = """
+    import signal
+    class Late(Exception): pass
+    def late(*_): raise Late
+    signal.signal(signal.SIGALRM, late)
+    for n in range(64):
+        signal.setitimer(signal.ITIMER_REAL, 0.01)
+        try:
+            tools.echo("slow")
+        except Late:
+            pass
+    print(tools.echo("last"))
+    """
+    threading.Timer(2, go.set).start()
+    tools.says(code, "last", call=slow, limits=Limits(tool_wait_seconds=20))
+
+
+def test_program_that_closes_the_channel_has_no_tools(tools: Tools) -> None:
+    code = """
+    import os
+    os.close(3)
+    try:
+        tools.echo(1)
+    except tools.ToolError as error:
+        print(error.code)
+    """
+    tools.says(code, "unavailable")
+
+
 def test_child_of_the_program_has_no_tools(tools: Tools) -> None:
     code = """
     import os
@@ -556,6 +594,72 @@ def test_run_that_is_over_is_not_frozen_any_more(tools: Tools) -> None:
     assert failed
 
 
+def test_large_answer_beside_an_approval_does_not_lock_the_run_up(tools: Tools) -> None:
+    frozen = threading.Event()
+
+    def mixed(body: bytes, run: CodeRun) -> bytes:
+        if json.loads(body)["arguments"]["value"] == "ask":
+            with run.frozen():
+                frozen.set()
+                threading.Event().wait(0.5)
+            return echo(body, run)
+        frozen.wait(20)
+        return answer("x" * 4_000_000)
+
+    code = """
+    import threading
+    got = []
+    thread = threading.Thread(target=lambda: got.append(len(tools.echo("large"))))
+    thread.start()
+    print(tools.echo("ask"))
+    thread.join()
+    print(got)
+    """
+    tools.says(code, "ask", "[4000000]", call=mixed, limits=Limits(approval_seconds=10))
+
+
+def test_program_that_ends_while_it_is_to_be_frozen_holds_no_thread(sandbox: Sandbox) -> None:
+    failed: list[BaseException] = []
+
+    def ask(body: bytes, run: CodeRun) -> bytes:
+        try:
+            with run.frozen():
+                pass
+        except Unavailable as error:
+            failed.append(error)
+            raise
+        return echo(body, run)
+
+    tools = Tools(sandbox)
+    tools.run("tools.echo(1)")
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    for delay in range(12):
+        ending = f"import time\ntime.sleep({delay / 4000})\nos._exit(0)"
+        tools.run(RAW + "for n in range(8): call(n, n)\n" + ending, ask)
+    leftovers.eventually(lambda: threading.active_count() <= before[0] + 20, 20, "threads are stuck")
+    assert failed
+    assert len(os.listdir("/proc/self/fd")) <= before[1] + 60
+
+
+def test_yes_for_a_program_that_is_gone_is_none(tools: Tools) -> None:
+    over, outcome, told = threading.Event(), [], threading.Event()
+
+    def ask(body: bytes, run: CodeRun) -> bytes:
+        try:
+            with run.frozen():
+                over.wait(20)
+            outcome.append("carried out")
+        except Unavailable:
+            outcome.append("refused")
+        told.set()
+        return echo(body, run)
+
+    assert tools.run("tools.echo(1)", ask, limits=Limits(approval_seconds=0.3)).status == "timeout"
+    over.set()
+    assert told.wait(10)
+    assert outcome == ["refused"]
+
+
 WITHOUT_V2 = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
@@ -614,7 +718,7 @@ FORGED = [
     ("a-part-twice", "p = b'x' * 61440\nos.write(3, frame(body=p, total=200000))\n"
                      "os.write(3, frame(body=p, total=200000))"),
     ("another-in-between", "os.write(3, frame(body=b'x' * 61440, total=200000))\ncall(number=2)"),
-    ("number-in-use", "os.write(3, frame(body=b'hold'))\nos.write(3, frame(body=b'hold'))"),
+    ("number-in-use", "for _ in range(2): call('hold', 5)"),
 ]  # fmt: skip
 
 
@@ -623,7 +727,7 @@ def test_forged_frame_is_not_passed_on_and_nothing_is_heard_after_it(tools: Tool
     over = threading.Event()
 
     def hold(body: bytes, run: CodeRun) -> bytes:
-        if body == b"hold":
+        if b"hold" in body:
             over.wait(25)
         return answer(None)
 
@@ -799,6 +903,43 @@ def test_half_an_answer_is_replaced_when_the_host_leaves(tools: Tools) -> None:
         print(error.code)
     """
     tools.says(code, "unavailable", call=half)
+
+
+@pytest.mark.parametrize("kind", [toolframes.ANSWER, toolframes.FREEZE])
+def test_call_is_not_answered_before_it_is_whole(sandbox: Sandbox, kind: int) -> None:
+    spoken = threading.Event()
+
+    class Early(Toolbox):
+        def begin(self, fd: int, run: str) -> None:
+            self.sock = socket.socket(fileno=fd)
+            threading.Thread(target=self.speak, daemon=True).start()
+
+        def speak(self) -> None:
+            self.sock.recv(toolframes.PACKET_BYTES)  # the first part of four
+            self.sock.send(toolframes.frame(kind, 7, b"{}" if kind == toolframes.ANSWER else b""))
+            spoken.set()
+
+        def end(self) -> None:
+            self.sock.close()
+
+    code = (
+        RAW
+        + """
+import time
+body = b'{"tool": "echo", "arguments": {"value": "' + b"x" * 190_000 + b'"}}'
+parts = [body[at : at + 61440] for at in range(0, len(body), 61440)]
+os.write(3, frame(number=7, body=parts[0], total=len(body)))
+time.sleep(0.2)
+for index in (1, 2, 3):
+    os.write(3, frame(number=7, body=parts[index], index=index, total=len(body)))
+print(answers()[0]["error"]["code"])
+call("next", 9)
+print(answers()[0]["error"]["code"])
+"""
+    )
+    result = sandbox._run_with_tools(code, Early(MODULE, 10, echo))
+    assert spoken.wait(10)
+    assert result.stdout == "unavailable\nunavailable\n", result.stderr
 
 
 def test_answers_may_not_be_mixed(tools: Tools) -> None:

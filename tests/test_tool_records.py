@@ -56,8 +56,53 @@ def test_refusal_is_recorded_with_its_code(recorded: Recorded) -> None:
 
 
 def test_refusal_of_the_engines_own_is_recorded_too(recorded: Recorded) -> None:
-    recorded.run("tools.echo(1)\ntools.echo(2)", calls=1)
-    assert [call["code"] for call in recorded.calls()] == [None, "budget_exceeded"]
+    recorded.run(RAW + "for n in range(50): call(n, n)\nanswers(50)", calls=1)
+    passed, refused = recorded.calls()
+    assert passed["arguments"] == {"value": 0}
+    assert (refused["tool"], refused["ok"], refused["refused"]) == (None, False, {"budget_exceeded": 49})
+
+
+def test_program_cannot_push_older_records_out_by_calling(recorded: Recorded) -> None:
+    code = (
+        RAW
+        + """
+body = b'{"tool": "echo", "arguments": {"value": "' + b"\\0" * 200_000 + b'"}}'
+for n in range(300):
+    parts = [body[at : at + 61440] for at in range(0, len(body), 61440)]
+    for index, part in enumerate(parts):
+        os.write(3, frame(number=n, body=part, index=index, total=len(body)))
+    answers()
+"""
+    )
+    result = recorded.run(code, lambda body, run: refusal("invalid_arguments", "No."))
+    assert result.status == "ok"
+    calls = recorded.calls()
+    assert len(calls) == 300
+    assert sum(len(json.dumps(call)) for call in calls) < (6 << 20)
+    assert (calls[0]["arguments"]["text"] != "", calls[-1]["arguments"]["text"]) == (True, "")
+    assert calls[0]["arguments"]["sha256"] == calls[-1]["arguments"]["sha256"]
+
+
+FORGED_NAMES = [
+    ("another-key-first", b'{"x": {"tool": "harmless"}, "tool": "echo", "arguments": {"value": "%s"}}'),
+    ("arguments-first", b'{"arguments": {"value": "%s", "tool": "harmless"}, "tool": "echo"}'),
+    ("space-before", b' {"tool": "echo", "arguments": {"value": "%s"}}'),
+    ("escaped", b'{"to\\u006fl": "echo", "arguments": {"value": "%s"}}'),
+]
+
+
+@pytest.mark.parametrize("body", [pytest.param(body, id=name) for name, body in FORGED_NAMES])
+def test_tool_is_known_for_the_record_or_the_call_is_not_passed_on(recorded: Recorded, body: bytes) -> None:
+    code = (
+        RAW
+        + f"""
+body = {body!r}.replace(b"%s", b"x" * 20_000)
+os.write(3, frame(body=body))
+print(answers()[0]["error"]["code"])
+"""
+    )
+    assert recorded.run(code).stdout == "invalid_arguments\n"
+    assert recorded.seen == []
 
 
 def test_long_values_are_excerpts_with_length_and_hash(recorded: Recorded) -> None:
@@ -89,7 +134,7 @@ def test_what_is_no_json_is_recorded_as_it_was(recorded: Recorded) -> None:
     recorded.run(code, lambda body, run: refusal("invalid_arguments", "No."))
     (call,) = recorded.calls()
     assert call["tool"] == "echo"
-    assert call["arguments"]["text"] == '{"tool": "echo", \\xff\n\x1b'
+    assert call["arguments"]["text"] == '{"tool": "echo", "arguments": \\xff\n\x1b'
     assert len(recorded.path.read_bytes().splitlines()) == len(recorded.path.read_text("ascii").split("\n")) - 1
 
 

@@ -7,10 +7,11 @@ and hash of the whole. Nothing here judges: what is no JSON is recorded as the t
 from __future__ import annotations
 
 import hashlib
-import re
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
+from sandboxd import toolframes
 from sandboxd.audit.record import CAP_BYTES, Excerpt
 from sandboxd.errors import ProtocolError
 from sandboxd.protocol import loads
@@ -20,24 +21,30 @@ if TYPE_CHECKING:
 
 __all__ = ["CallRecords"]
 
-_NAME: Final = re.compile(rb'\s*\{\s*"tool"\s*:\s*"([A-Za-z0-9_]{1,64})"')
-_CODE: Final = re.compile(rb'"code"\s*:\s*"([a-z_]{1,32})"')
+BODIES_BYTES: Final = 4 << 20
+"""Of a run's tool calls in the record, arguments and results together."""
 
 
 class CallRecords:
-    """Of one run. *write* gets a record for each call that was answered, or was not by the end of the run."""
+    """Of one run. *write* gets a record for each call that was passed on, when it was answered or at the run's end, and
+    one for all that the engine refused itself. A program cannot push older records out by calling: its bodies are shown
+    as far as BODIES_BYTES go, then their lengths and hashes alone.
+    """
 
     def __init__(self, write: Callable[[dict[str, Any]], None]) -> None:
         self._write = write
         self._open: dict[int, tuple[float, _Body]] = {}
         self._answering: dict[int, _Body] = {}
+        self._refused: Counter[str] = Counter()
+        self._room = BODIES_BYTES
 
-    def call(self, number: int, part: bytes) -> None:
+    def call(self, number: int, part: bytes, index: int) -> None:
         """The program sent a part of a call."""
+        if index == 0:
+            self._open[number] = (time.monotonic(), _Body())
         found = self._open.get(number)
-        if found is None:
-            found = self._open[number] = (time.monotonic(), _Body())
-        found[1].add(part)
+        if found is not None:
+            found[1].add(part)
 
     def answer(self, number: int, part: bytes, last: bool) -> None:
         """A part of its answer passes through."""
@@ -47,70 +54,74 @@ class CallRecords:
             del self._answering[number]
             self._tell(number, body)
 
+    def refused(self, code: str) -> None:
+        """A call was not passed on."""
+        self._refused[code] += 1
+
     def close(self) -> None:
         """The run is over: what was not answered is recorded so."""
         self._answering.clear()
         for number in list(self._open):
             self._tell(number, None)
+        if self._refused:
+            self._write({"tool": None, "caller": "code", "ok": False, "refused": dict(self._refused)})
+            self._refused.clear()
 
     def _tell(self, number: int, answer: _Body | None) -> None:
         found = self._open.pop(number, None)
         if found is None:
             return
         begun, call = found
-        asked = call.json()
-        record: dict[str, Any] = {"tool": call.match(_NAME), "caller": "code"}
-        if isinstance(asked, dict) and "tool" in asked:
-            record["tool"], asked = asked["tool"], asked.get("arguments")
-        record["arguments"] = call.excerpt() if asked is None else asked
-        record["ok"], record["code"], record["result"] = None, None, None
+        asked, said = call.json(), None if answer is None else answer.json()
+        name = toolframes.BEGINNING.match(call.text)  # the engine passes nothing on that begins otherwise
+        record: dict[str, Any] = {"tool": None if name is None else name[1].decode("ascii"), "caller": "code"}
+        is_call = isinstance(asked, dict) and asked.keys() == {"tool", "arguments"}
+        record["arguments"] = self._shown(call, is_call, asked["arguments"] if is_call else None)
+        record["ok"] = record["code"] = record["result"] = None
         if answer is not None:
-            said = answer.json()
             if isinstance(said, dict) and said.keys() == {"ok", "value", "error"}:
                 error = said["error"]
                 record["ok"] = said["ok"]
                 record["code"] = error.get("code") if isinstance(error, dict) else None
-                record["result"] = said["value"] if error is None else error
+                record["result"] = self._shown(answer, True, said["value"] if error is None else error)
             else:
-                record["ok"] = answer.begins(b'{"ok":true') or None
-                record["code"] = None if record["ok"] else answer.match(_CODE)
-                record["result"] = answer.excerpt()
+                record["ok"] = answer.text.startswith(b'{"ok":true') or None
+                record["result"] = self._shown(answer, False, None)
         record["seconds"] = round(time.monotonic() - begun, 6)
         self._write(record)
+
+    def _shown(self, body: _Body, whole: bool, value: Any) -> Any:
+        """*value*, if it is all that *body* holds and there is room for it, else an excerpt."""
+        shown = value if whole and self._room > 0 else body.excerpt(self._room > 0)
+        self._room -= min(body.bytes, CAP_BYTES)
+        return shown
 
 
 class _Body:
     """A body's beginning, its length and its hash."""
 
-    __slots__ = ("_bytes", "_hash", "_text")
+    __slots__ = ("_hash", "bytes", "text")
 
     def __init__(self) -> None:
-        self._text = bytearray()
+        self.text = bytearray()
         self._hash = hashlib.sha256()
-        self._bytes = 0
+        self.bytes = 0
 
     def add(self, part: bytes) -> None:
-        self._bytes += len(part)
+        self.bytes += len(part)
         self._hash.update(part)
-        if len(self._text) < CAP_BYTES:
-            self._text += part[: CAP_BYTES - len(self._text)]
+        if len(self.text) < CAP_BYTES:
+            self.text += part[: CAP_BYTES - len(self.text)]
 
     def json(self) -> Any:
         """The value, when it is whole here and is one; else None."""
-        if self._bytes > len(self._text):
+        if self.bytes > len(self.text):
             return None
         try:
-            return loads(bytes(self._text))
+            return loads(bytes(self.text))
         except ProtocolError:
             return None
 
-    def begins(self, start: bytes) -> bool:
-        return self._text.startswith(start)
-
-    def match(self, pattern: re.Pattern[bytes]) -> str | None:
-        found = pattern.search(self._text[:1024])
-        return None if found is None else found[1].decode("ascii")
-
-    def excerpt(self) -> Excerpt:
-        text = self._text.decode("utf-8", "backslashreplace")
-        return Excerpt(text=text, bytes=self._bytes, sha256=self._hash.hexdigest())
+    def excerpt(self, with_text: bool) -> Excerpt:
+        text = self.text.decode("utf-8", "backslashreplace") if with_text else ""
+        return Excerpt(text=text, bytes=self.bytes, sha256=self._hash.hexdigest())

@@ -39,6 +39,11 @@ BUSY: Final = (
     f"{toolframes.OUTSTANDING} calls of this run are under way already.",
     "Wait for some of them to return before you make more.",
 )
+FORMLESS: Final = (
+    "invalid_arguments",
+    "A call is a JSON object with the tool's name and then its arguments, and this is none.",
+    "Use the functions of the module tools.",
+)
 GONE: Final = (
     "unavailable",
     "The program that holds the tools does not answer any more.",
@@ -134,26 +139,30 @@ class ToolLink:
         if self._calling is None:
             if head.index or not head.total:
                 raise ProtocolError("a call that does not begin at its beginning")
-            refusal = self._admit(head.number)
+            refusal = self._admit(head.number, data)
         else:
             number, index, refusal = self._calling
             if head.number != number or head.index != index:
                 raise ProtocolError("a call in the middle of another one")
         last = (head.index + 1) * toolframes.PART_BYTES >= head.total
         self._calling = None if last else (head.number, head.index + 1, refusal)
-        if self._records is not None:
-            self._records.call(head.number, data[toolframes.HEAD.size :])
         if refusal is None:
+            if self._records is not None:
+                self._records.call(head.number, data[toolframes.HEAD.size :], head.index)
             self._send_host(data)
         elif last:
+            if self._records is not None:
+                self._records.refused(refusal[0])
             self._answer(head.number, refusal)
 
-    def _admit(self, number: int) -> tuple[str, str, str] | None:
+    def _admit(self, number: int, data: bytes) -> tuple[str, str, str] | None:
         """Count a new call; or why not. Raises ProtocolError."""
         if number in self._open:
             raise ProtocolError("a call's number is in use")
         if self._dead:
             refusal = GONE
+        elif not toolframes.BEGINNING.match(data, toolframes.HEAD.size):
+            refusal = FORMLESS
         elif not self._left:
             refusal = (
                 "budget_exceeded",
@@ -227,7 +236,7 @@ class ToolLink:
         if self._answering is not None:
             if (head.kind, head.number, head.index) != (toolframes.ANSWER, *self._answering):
                 raise ProtocolError("an answer in the middle of another one")
-        elif head.number not in self._open or head.index:
+        elif head.number not in self._open or head.index or self._is_incomplete(head.number):
             raise ProtocolError("an answer to no call")
         if head.kind == toolframes.FREEZE:
             self._freeze(head.number)
@@ -244,6 +253,10 @@ class ToolLink:
         else:
             raise ProtocolError("a frame that is not the host's to send")
 
+    def _is_incomplete(self, number: int) -> bool:
+        """Whether the call's last part has yet to come."""
+        return self._calling is not None and self._calling[0] == number and self._calling[2] is None
+
     def _over(self, number: int) -> None:
         """The tool has answered; what is left is the cell's affair."""
         self._thaw(number)
@@ -256,6 +269,7 @@ class ToolLink:
             raise ProtocolError("a second freeze of one call")
         self._asked.add(number)
         self._frozen.add(number)
+        self._listen()
         self._caller.freeze(lambda why: self._stopped(number, why))
 
     def _stopped(self, number: int, why: str) -> None:
@@ -270,6 +284,7 @@ class ToolLink:
             self._frozen.discard(number)
             if not self._frozen:
                 self._caller.thaw()
+                self._listen()
 
     def _lose(self) -> None:
         """The host's program has no ear for this run any more: every call is answered from here."""
@@ -278,17 +293,16 @@ class ToolLink:
         self._to_host.clear()
         self._flush_host()
         unanswered = sorted(self._open)
-        for number in unanswered:
-            self._over(number)
         if self._answering is not None:
             unanswered.append(self._answering[0])  # begun anew: the cell forgets the parts that it has
             self._answering = None
-        if self._calling is not None and self._calling[2] is None:
-            number, index, _ = self._calling
-            unanswered.remove(number)
-            self._calling = number, index, GONE
         for number in unanswered:
-            self._answer(number, GONE)
+            self._over(number)
+            if self._is_incomplete(number):
+                assert self._calling is not None  # noqa: S101
+                self._calling = number, self._calling[1], GONE  # answered when its last part has come
+            else:
+                self._answer(number, GONE)
 
     # Sending
 
@@ -296,8 +310,6 @@ class ToolLink:
         code, message, hint = refusal
         error = {"code": code, "message": message, "hint": hint}
         body = json.dumps({"ok": False, "value": None, "error": error}).encode()
-        if self._records is not None:
-            self._records.answer(number, body, True)
         self._send_cell(toolframes.frame(toolframes.ANSWER, number, body))
 
     def _send_cell(self, data: bytes) -> None:
@@ -337,8 +349,10 @@ class ToolLink:
     _cell_blocked = _host_blocked = False
 
     def _listen(self) -> None:
-        """Read the cell only while what it says can go on."""
-        self._caller.listen(not (self._cell_blocked or self._host_blocked or self._resting))
+        """Read the cell only while what it says can go on. Not while it is frozen: it takes no answer, and a refusal
+        that waits for it would keep the host from being read, and so the thaw.
+        """
+        self._caller.listen(not (self._cell_blocked or self._host_blocked or self._resting or self._frozen))
 
     @staticmethod
     def _flush(sock: socket.socket, waiting: list[bytes]) -> bool:

@@ -160,7 +160,7 @@ class Line:
         ready = select.poll()
         ready.register(CHANNEL, select.POLLIN | select.POLLOUT)
         while not (state := ready.poll()[0][1]) & select.POLLOUT:
-            if state & (select.POLLHUP | select.POLLERR):
+            if state & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
                 raise gone()
             heard(self)
         try:
@@ -266,17 +266,19 @@ class Line:
             self.leader = None
 
 
-def heard(line: Line) -> None:
-    """There is a packet: take it, unless a thread does."""
+def heard(line: Line) -> bool:
+    """Take a packet if there is one, unless a thread reads. Whether one was taken."""
     slot = Slot()
     with line.lock:
-        if not line.lead(slot):
-            return
+        if line.ended or not line.lead(slot):
+            return False
     try:
         poll = select.poll()
         poll.register(CHANNEL, select.POLLIN)
-        if line.packet[0] or poll.poll(0):
+        there = bool(line.packet[0] or poll.poll(0))
+        if there:
             line.read()
+        return there
     finally:
         line.hand_over(slot)
 
@@ -379,7 +381,9 @@ def module(source: str) -> types.ModuleType:
         turn = _thread.allocate_lock()
         again = functools.partial(release, turn)
         while (number := line.open(slot, again)) is None:
-            turn.acquire(timeout=LOOK_SECONDS)
+            # Nobody may be reading: those whose calls these are may have been interrupted.
+            if not heard(line):
+                turn.acquire(timeout=LOOK_SECONDS)
         line.send(number, body)
         return value_of(name, number, line.wait(slot))
 
@@ -433,6 +437,8 @@ async def asynchronous(line: Line, name: str, arguments: dict[str, Any]) -> Any:
         number = line.open(slot, again)
         if number is not None:
             break
+        if heard(line):
+            continue
         later = loop.call_later(LOOK_SECONDS, tell_last, turns)
         try:
             await turns[-1]

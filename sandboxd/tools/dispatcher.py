@@ -319,7 +319,9 @@ class Dispatcher(Closing):
         return Question(self._approve, call.name, call.text, call.caller, call.run)
 
     def _answer(self, call: _Call, tool: Tool, value: Any) -> ToolResult:
-        return answers.of_value(tool, value, tool.max_result_bytes or self._result_bytes[call.caller])
+        most = tool.max_result_bytes or self._result_bytes[call.caller]
+        # More than that no answer to code can hold (sandboxd/toolframes.py).
+        return answers.of_value(tool, value, min(most, RESULT_BYTES["code"]) if call.run is not None else most)
 
     def _usable(self, caller: str) -> None:
         if self._closed:

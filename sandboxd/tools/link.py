@@ -69,7 +69,7 @@ class Toolbox:
         self.state: Any = None
         self._call = call
         self._lock = threading.Lock()
-        self._sending = threading.Lock()
+        self._sending = threading.Condition()
         self._sock: socket.socket | None = None
         self._waiting = self._threads = 0
         self._ended = False
@@ -98,7 +98,9 @@ class Toolbox:
         """As ``ToolHost``. Calls that are under way go on, and their answers are dropped."""
         with self._lock:
             self._ended = True
-            sock = self._sock
+            sock, asking = self._sock, list(self._frozen.values())
+        for answer in asking:
+            answer.give(OVER)
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # wakes those that wait
@@ -130,8 +132,6 @@ class Toolbox:
         if last:
             self.end()
             sock.close()
-            for answer in list(self._frozen.values()):
-                answer.give(OVER)
 
     def _next(self, sock: socket.socket) -> tuple[int, bytes] | None:
         """The next call, whole; None at the end. This thread waits until it has one, and then no more."""
@@ -194,6 +194,8 @@ class Toolbox:
         if len(body) > toolframes.ANSWER_BYTES:
             raise ValueError("an answer to a tool call is longer than may be")
         with contextlib.suppress(OSError), self._sending:  # the run is over: nobody wants it any more
+            # A frozen cell takes nothing, and what waits for it would stand before the thaw.
+            self._sending.wait_for(lambda: not self._frozen or self._ended)
             for packet in toolframes.parts(toolframes.ANSWER, number, body):
                 sock.send(packet, socket.MSG_NOSIGNAL)
 
@@ -202,24 +204,41 @@ class Toolbox:
     @contextlib.contextmanager
     def frozen(self, number: int) -> Iterator[None]:
         """See CodeRun."""
-        answer = self._frozen[number] = Answer()
+        answer = Answer()
         sock = self._sock
         assert sock is not None  # noqa: S101
         try:
-            try:
-                with self._sending:
-                    sock.send(toolframes.frame(toolframes.FREEZE, number), socket.MSG_NOSIGNAL)
-            except OSError:
-                answer.give(OVER)
+            with contextlib.suppress(OSError), self._sending:
+                with self._lock:
+                    self._frozen[number] = answer
+                    if self._ended:
+                        answer.give(OVER)
+                sock.send(toolframes.frame(toolframes.FREEZE, number), socket.MSG_NOSIGNAL)
             why = answer.wait()
             if why:
-                fix = "see sandboxd doctor: the cgroup freezer is needed"
+                fix = "" if why == OVER else "see sandboxd doctor: the cgroup freezer is needed"
                 raise Unavailable("freezer", None, fix, why.decode("utf-8", "replace"))
             yield
+            if self._is_over(sock):  # a yes for a program that is gone is none
+                raise Unavailable("freezer", None, "", OVER.decode())
         finally:
-            del self._frozen[number]
-            with contextlib.suppress(OSError), self._sending:
-                sock.send(toolframes.frame(toolframes.THAW, number), socket.MSG_NOSIGNAL)
+            with self._sending:
+                with self._lock:
+                    self._frozen.pop(number, None)
+                with contextlib.suppress(OSError):
+                    sock.send(toolframes.frame(toolframes.THAW, number), socket.MSG_NOSIGNAL)
+                self._sending.notify_all()
+
+    def _is_over(self, sock: socket.socket) -> bool:
+        """Whether the engine has closed its end, if nobody has read so far as to know."""
+        if not self._ended:
+            try:
+                self._ended = not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._ended = True
+        return self._ended
 
 
 OVER: Final = b"The run is over."

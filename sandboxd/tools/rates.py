@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from sandboxd.tools.forking import renewed_after_fork
 from sandboxd.tools.outcome import Refused
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class Bucket:
         self._tokens = float(rate.count)
         self._per_second = rate.count / rate.seconds
         self._at = time.monotonic()
+        renewed_after_fork(self)
+
+    def begin(self) -> None:
+        """As ``forking.Renewed``."""
         self._lock = threading.Lock()
 
     def take(self) -> float:
@@ -86,9 +91,13 @@ class Spending:
 
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
-        self._lock = threading.Lock()
         self._per_tool = dict(budget.per_tool)
         self.used = 0
+        renewed_after_fork(self)
+
+    def begin(self) -> None:
+        """As ``forking.Renewed``."""
+        self._lock = threading.Lock()
 
     @property
     def left(self) -> int | None:

@@ -15,6 +15,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from sandboxd.tools.forking import renewed_after_fork
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
@@ -60,11 +62,15 @@ class Threads:
     def __init__(self, most_abandoned: int, most_threads: float = _THREADS) -> None:
         self._most_abandoned = most_abandoned
         self._most_threads = most_threads
+        self._closed = False
+        renewed_after_fork(self)
+
+    def begin(self) -> None:
+        """There are no threads: when it is made, and in the child of a fork."""
         self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._idle = 0
         self._working = 0
-        self._closed = False
         self.abandoned = 0
 
     def run(self, function: Callable[[], Any], timeout: float | None) -> Any:
@@ -206,6 +212,10 @@ class Coroutines:
     """
 
     def __init__(self) -> None:
+        renewed_after_fork(self)
+
+    def begin(self) -> None:
+        """As ``Threads.begin``. The loop of the parent is left as it is: its descriptors are the parent's, too."""
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
