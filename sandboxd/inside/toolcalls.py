@@ -99,7 +99,7 @@ class Line:
         self.slots: dict[int, Slot] = {}
         self.queue: dict[Callable[[], object], None] = {}  # of those that wait until there are fewer calls, in order
         self.loops: dict[Any, int] = {}  # how many tasks of each wait
-        self.packet = bytearray(PACKET_BYTES)  # begins with 0 when there is none
+        self.packet = bytearray(1)  # begins with 0 when there is none; room for one is made when the first is read
         self.leader: Slot | None = None  # who reads
         self.number = 0
         self.ended = False
@@ -183,6 +183,8 @@ class Line:
 
     def read(self) -> None:
         """Take one packet and give it to whoever waits for it. Only the leader may."""
+        if len(self.packet) < PACKET_BYTES:
+            self.packet = bytearray(PACKET_BYTES)
         packet = self.packet
         if not packet[0]:
             try:
