@@ -153,6 +153,15 @@ def test_tools_are_bound_and_importable(tools: Tools) -> None:
     tools.says(code, "True 1 [1, {'a': None}] True")
 
 
+@pytest.mark.parametrize(
+    "how",
+    ["from tools.aio import echo", "import tools.aio; echo = tools.aio.echo", "from tools import aio; echo = aio.echo",
+     "from tools.aio import *", "echo = tools.aio.echo"],
+)  # fmt: skip
+def test_asynchronous_functions_are_imported_like_any(tools: Tools, how: str) -> None:
+    tools.says(f"{how}\nimport asyncio\nprint(asyncio.run(echo(5)))", "5")
+
+
 def test_run_has_the_id_that_its_calls_bear(tools: Tools) -> None:
     result = tools.says("tools.echo(1)")
     assert tools.runs == {result.id}

@@ -168,7 +168,7 @@ print(answers()[0]["error"]["code"])
 
 def test_module_holds_granted_tools_only(dispatcher: Dispatcher) -> None:
     listed = said(dispatcher, "print(sorted(name for name in dir(tools) if name[:2] != '__'))")
-    assert listed == "['ToolError', 'fail', 'hang', 'hang_async', 'sales', 'transfer']\n"
+    assert listed == "['ToolError', 'aio', 'fail', 'hang', 'hang_async', 'sales', 'transfer']\n"
 
 
 BODIES = [
@@ -447,6 +447,83 @@ def test_result_bound_of_a_tool_cannot_break_the_channel(sandbox: Sandbox) -> No
     with Dispatcher([large], sandbox=sandbox) as dispatcher:
         text = said(dispatcher, TRY + "attempt(tools.large, 9 << 20)\nprint(len(tools.large(8_000_000)))")
     assert [line.split(" | ")[0] for line in text.splitlines()] == ["result_too_large", "8000000"]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_yes_that_comes_too_late_is_not_carried_out(is_async: bool) -> None:
+    answered = threading.Event()
+
+    def approve(*question: Any) -> bool:
+        threading.Event().wait(1)
+        answered.set()
+        return True
+
+    async def approve_async(*question: Any) -> bool:
+        await asyncio.sleep(1)
+        answered.set()
+        return True
+
+    reached.clear()
+    with (
+        Sandbox(limits=Limits(approval_seconds=0.3)) as sandbox,
+        Dispatcher(TOOLS, sandbox=sandbox, approve=approve_async if is_async else approve) as dispatcher,
+    ):
+        assert run(dispatcher, "tools.transfer(1)")["status"] == "timeout"
+        assert answered.wait(10)
+        assert said(dispatcher, "print(tools.sales('Q1', 1))") == "[0]\n"
+        assert ("transfer", 1) not in reached
+
+
+def test_yes_for_a_dispatcher_that_was_closed_meanwhile_is_not_carried_out() -> None:
+    def approve(*question: Any) -> bool:
+        made.close()
+        return True
+
+    reached.clear()
+    made = Dispatcher([transfer], approve=approve)
+    result = made.call("transfer", {"amount": 1})
+    assert result.error is not None
+    assert result.error.code == "unavailable"
+    assert reached == []
+
+
+def test_asynchronous_tool_of_a_run_that_was_ended_is_cancelled() -> None:
+    ended: list[str] = []
+    over = threading.Event()
+
+    @tool
+    async def slow() -> int:
+        """Takes long."""
+        try:
+            await asyncio.sleep(20)
+            ended.append("done")
+        except asyncio.CancelledError:
+            ended.append("cancelled")
+            raise
+        finally:
+            over.set()
+        return 1
+
+    with Sandbox(limits=Limits(tool_wait_seconds=0.3)) as sandbox, Dispatcher([slow], sandbox=sandbox) as dispatcher:
+        assert run(dispatcher, "tools.slow()")["status"] == "timeout"
+        assert over.wait(10)
+    assert ended == ["cancelled"]
+
+
+WRONG_USES: list[tuple[str, list[Any], dict[str, Any]]] = [
+    ("a-tool-alone", [sales], {}),
+    ("a-number", [5], {}),
+    ("a-policys-name", [[]], {"sandbox": "default"}),
+    ("a-class", [[]], {"sandbox": Sandbox}),
+    ("a-yes", [[]], {"approve": True}),
+    ("a-word", [[]], {"review": "yes"}),
+]
+
+
+@pytest.mark.parametrize(("given", "named"), [pytest.param(g, n, id=identity) for identity, g, n in WRONG_USES])
+def test_wrong_use_of_a_dispatcher_is_told_at_once(given: list[Any], named: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=r"list of tools|must be"):
+        Dispatcher(*given, **named)
 
 
 def test_two_dispatchers_on_one_daemon_never_see_each_others_calls(tmp_path: Path) -> None:

@@ -398,20 +398,17 @@ def module(source: str) -> types.ModuleType:
     granted = {name: one for name, one in names.items() if type(one) is types.FunctionType and name[0] != "_"}
 
     def missing(name: str) -> Any:
-        if name == "aio":
-            return also_asynchronous()
         if name[:2] == "__":
             raise AttributeError(f"module 'tools' has no attribute {name!r}")
         known = ", ".join(granted) or "none"
         raise UnknownTool("unknown_tool", f"There is no tool {name!r} here.", f"The tools are: {known}.")
 
-    def also_asynchronous() -> types.ModuleType:
+    def fill(name: str) -> Any:
+        """The functions once more, when the first of them is asked for."""
         names = {"_call": acall, "_Default": NotGiven, "__name__": "tools.aio"}
         exec(code, names)  # noqa: S102 - as above
-        twin = types.ModuleType("tools.aio", "The same functions, to be awaited.")
-        twin.__dict__.update({name: names[name] for name in granted}, __getattr__=missing, __all__=list(granted))
-        made.__dict__["aio"] = sys.modules["tools.aio"] = twin
-        return twin
+        aio.__dict__.update({name: names[name] for name in granted}, __getattr__=missing, __all__=list(granted))
+        return getattr(aio, name)
 
     lines = ["The tools that this program may call. tools.NAME(...) returns the value or raises tools.ToolError;"]
     lines += [
@@ -419,8 +416,10 @@ def module(source: str) -> types.ModuleType:
     ]
     lines += [f"of JSON in {KEPT}.", "", "Tools: " + (", ".join(granted) or "none")]
     made = types.ModuleType("tools", "\n".join(lines))
-    made.__dict__.update(granted, ToolError=ToolError, __getattr__=missing, __all__=["ToolError", *granted])
-    sys.modules["tools"] = made
+    aio = types.ModuleType("tools.aio", "The same functions, to be awaited.")
+    aio.__dict__["__getattr__"] = fill
+    made.__dict__.update(granted, ToolError=ToolError, aio=aio, __getattr__=missing, __all__=["ToolError", *granted])
+    sys.modules["tools"], sys.modules["tools.aio"] = made, aio
     return made
 
 

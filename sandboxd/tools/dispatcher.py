@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast
 
 from sandboxd.closing import Closing
 from sandboxd.tools import answers, checking, recording, values, vendors
@@ -27,8 +27,9 @@ from sandboxd.tools.running import Coroutines, Threads
 from sandboxd.tools.tool import CALLERS, Tool
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
+    from types import TracebackType
 
     from sandboxd.aio import AsyncSandbox
     from sandboxd.audit import AuditLog
@@ -91,6 +92,11 @@ class Dispatcher(Closing):
     ) -> None:
         self._closed = True
         self.tools: Mapping[str, Tool] = _named(tools)
+        if sandbox is not None and (isinstance(sandbox, type) or not hasattr(sandbox, "_run_with_tools")):
+            raise TypeError(f"sandbox must be a Sandbox or an AsyncSandbox, not {shown(sandbox)}.")
+        for what, callback in (("approve", approve), ("review", review)):
+            if callback is not None and not callable(callback):
+                raise TypeError(f"{what} must be a function, not {shown(callback)}.")
         self.sandbox = sandbox
         self.review = review
         self.budget = budget if isinstance(budget, Budget) else Budget(budget)
@@ -188,6 +194,14 @@ class Dispatcher(Closing):
         """Calls left of the budget; None when it has no bound in all."""
         return self._spending.left
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
     def close(self) -> None:
         """Refuse further calls; asynchronous tools under way are cancelled. The sandbox stays its owner's."""
         self._closed = True
@@ -212,10 +226,9 @@ class Dispatcher(Closing):
             return refusal("internal", "The call failed in the host program.", "Do not repeat it.").to_json().encode()
 
     def _from_code(self, body: bytes, run: CodeRun, loop: asyncio.AbstractEventLoop | None) -> ToolResult:
-        if self._closed:
-            return refusal("unavailable", "The host program has closed its dispatcher.", "No further call will work.")
         call = _Call("", None, "code", run)
         try:
+            self._check_open()
             call.name, call.plain = _parts(values.parse(body, _FRAME_BYTES))
         except Refused as error:
             return self._ended(call, answers.of_error(None, "", error))
@@ -228,8 +241,10 @@ class Dispatcher(Closing):
             tool = self._admit(call)
             if tool.approval:
                 self._question(call).ask(self._coroutines, loop)
+                self._check_open()  # a yes that took its time
             if tool.is_async:
-                value = self._coroutines.run_elsewhere(partial(tool.function, **call.given), tool.timeout, loop)
+                ending = None if call.run is None else call.run.run.cancelling
+                value = self._coroutines.run_elsewhere(partial(tool.function, **call.given), tool.timeout, loop, ending)
             elif tool.timeout is None:
                 value = tool.function(**call.given)
             else:
@@ -247,6 +262,7 @@ class Dispatcher(Closing):
             tool = self._admit(call)
             if tool.approval:
                 await self._question(call).ask_async(self._threads)
+                self._check_open()
             if tool.function_async is not None:
                 value = await self._coroutines.run(partial(tool.function_async, **call.given), tool.timeout)
             else:
@@ -323,6 +339,10 @@ class Dispatcher(Closing):
         # More than that no answer to code can hold (sandboxd/toolframes.py).
         return answers.of_value(tool, value, min(most, RESULT_BYTES["code"]) if call.run is not None else most)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise Refused("unavailable", "The host program has closed its dispatcher.", "No further call will work.")
+
     def _usable(self, caller: str) -> None:
         if self._closed:
             raise RuntimeError("This Dispatcher is closed.")
@@ -356,6 +376,8 @@ def _parts(frame: object) -> tuple[Any, dict[str, Any]]:
 
 
 def _named(tools: Iterable[object]) -> dict[str, Tool]:
+    if isinstance(tools, Tool) or not isinstance(tools, Iterable):
+        raise TypeError("A Dispatcher is made with a list of tools: Dispatcher([query, send]).")
     made: dict[str, Tool] = {}
     for given in tools:
         one = given if isinstance(given, Tool) else Tool(cast("Callable[..., Any]", given))

@@ -75,6 +75,7 @@ class Toolbox:
         self._ended = False
         self._partial: dict[int, tuple[bytearray, list[int]]] = {}
         self._frozen: dict[int, Answer] = {}
+        self._cancels: list[Callable[[], None]] = []
 
     # The run
 
@@ -99,8 +100,11 @@ class Toolbox:
         with self._lock:
             self._ended = True
             sock, asking = self._sock, list(self._frozen.values())
+            cancelled, self._cancels = self._cancels, []
         for answer in asking:
             answer.give(OVER)
+        for cancel in cancelled:
+            cancel()
         if sock is not None:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # wakes those that wait
@@ -198,6 +202,20 @@ class Toolbox:
             self._sending.wait_for(lambda: not self._frozen or self._ended)
             for packet in toolframes.parts(toolframes.ANSWER, number, body):
                 sock.send(packet, socket.MSG_NOSIGNAL)
+
+    @contextlib.contextmanager
+    def cancelling(self, cancel: Callable[[], None]) -> Iterator[None]:
+        """*cancel* is called when the run ends within the block, or is over already."""
+        with self._lock:
+            over = self._ended
+            self._cancels.append(cancel)
+        try:
+            if over:
+                cancel()
+            yield
+        finally:
+            with self._lock, contextlib.suppress(ValueError):
+                self._cancels.remove(cancel)
 
     # Approval
 

@@ -253,8 +253,10 @@ class Coroutines:
         function: Callable[[], Coroutine[Any, Any, Any]],
         timeout: float | None,
         loop: asyncio.AbstractEventLoop | None = None,
+        ending: Callable[[Callable[[], None]], contextlib.AbstractContextManager[None]] | None = None,
     ) -> Any:
         """``run`` from a thread without a loop, with this thread's contextvars: on *loop*, or on a loop of our own.
+        Within *ending*, if there is one, what it gets cancels the coroutine.
 
         Raises RuntimeError when this thread is the loop's own, which would wait for itself.
         """
@@ -277,15 +279,19 @@ class Coroutines:
             tasks.append(chosen.create_task(_outcome(lambda: self.run(function, timeout)), context=context))
             tasks[0].add_done_callback(ended)
 
-        chosen.call_soon_threadsafe(start)
-        try:
-            while not done.acquire(timeout=1.0):
-                if chosen.is_closed():  # it ended before the task could
-                    raise asyncio.CancelledError
-        except BaseException:
+        def cancel() -> None:
             with contextlib.suppress(RuntimeError):
                 chosen.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
-            raise
+
+        with contextlib.nullcontext() if ending is None else ending(cancel):
+            chosen.call_soon_threadsafe(start)
+            try:
+                while not done.acquire(timeout=1.0):
+                    if chosen.is_closed():  # it ended before the task could
+                        raise asyncio.CancelledError
+            except BaseException:
+                cancel()
+                raise
         ok, value = outcomes[0]
         if ok:
             return value
