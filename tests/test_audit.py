@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd.audit import AuditError, AuditLog, log, reader, record
+from sandboxd.audit import AuditError, AuditLog, log, reader, record, redact
 from sandboxd.audit.file import rotated
 from sandboxd.policy import Audit, Policy, load
 from tests import leftovers
@@ -140,6 +140,30 @@ def test_verify_finds_a_missing_file(path: Path) -> None:
     problems = reader.verify(str(path)).problems
     assert [(one.file, one.line) for one in problems] == [(f"{path}.2", 1)]
     assert problems[0].what.startswith("missing")
+
+
+def test_a_number_that_somebody_gave_a_copy_is_not_ours(path: Path) -> None:
+    write(path, 10)
+    theirs = [path.with_name(f"{path.name}.{number}") for number in (202401, 2024)]
+    for one in theirs:
+        one.write_bytes(path.read_bytes())
+        one.chmod(0o600)
+    another = path.with_name(f"{path.name}.4")
+    another.write_text("notes\n")
+    another.chmod(0o600)
+    write(path, 60, 10, max_bytes=2000, keep=3)
+    assert all(one.exists() for one in (*theirs, another))
+    another.unlink()
+    assert [Path(name).name for name in rotated(str(path))] == [f"{path.name}.{number}" for number in (3, 2, 1)]
+    sound(path)
+
+
+def test_what_a_larger_keep_left_goes_also_when_a_crash_left_a_number_free(path: Path) -> None:
+    write(path, 60, max_bytes=2000, keep=100)
+    assert len(rotated(str(path))) > 5
+    Path(f"{path}.5").unlink()
+    write(path, 60, 60, max_bytes=2000, keep=2)
+    assert [Path(name).name for name in rotated(str(path))] == ["audit.jsonl.2", "audit.jsonl.1"]
 
 
 def test_a_rotated_files_beginning_cannot_be_cut_off_unseen(path: Path) -> None:
@@ -510,6 +534,58 @@ def test_a_late_record_does_not_wait_for_a_writer_and_is_written_by_it(path: Pat
         assert numbers(path) == [0, 1]
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """What anybody who may read it can do."""
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+def test_who_may_not_wait_is_told_to_and_what_is_late_is_kept(path: Path) -> None:
+    with AuditLog(path) as audit:
+        with locked(path):
+            with pytest.raises(BlockingIOError):
+                audit.append({"event": "test", "n": 9}, wait=False)
+            audit.append({"event": "test", "n": 0}, late=True, wait=False)
+            assert audit.is_behind
+            with pytest.raises(BlockingIOError):
+                audit.flush(wait=False)
+        audit.append({"event": "test", "n": 1}, wait=False)
+        assert numbers(path) == [0, 1]
+    sound(path)
+
+
+@pytest.mark.parametrize("on_failure", ["stop", "continue"])
+def test_where_waiting_was_in_vain_nobody_waits_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch, on_failure: Any
+) -> None:
+    monkeypatch.setattr("sandboxd.audit.file.LOCK_SECONDS", 0.05)
+    with AuditLog(path, on_failure=on_failure) as audit:
+        with locked(path):
+            for wait in (True, False):
+                refused = pytest.raises(AuditError) if on_failure == "stop" else contextlib.nullcontext()
+                with refused as caught:
+                    audit.append({"event": "test", "n": 9}, wait=wait)
+                assert caught is None or caught.value.errno == errno.EBUSY
+            audit.append({"event": "test", "n": 0}, late=True, wait=False)
+        audit.append({"event": "test", "n": 1}, wait=False)
+    assert numbers(path) == [0, 1]
+    assert sound(path).lost == (2 if on_failure == "continue" else 0)
+
+
+def test_what_comes_while_another_thread_writes_is_bounded_too(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "PENDING_BYTES", 1000)
+    with AuditLog(path) as audit:
+        with audit._held():
+            for number in range(40):
+                audit.append({"event": "test", "n": number}, late=True, wait=False)
+        audit.flush()
+    kept = len(numbers(path))
+    assert 1 < kept < 20
+    assert sound(path).lost == 40 - kept
+
+
 # --- in the background ---------------------------------------------------------------------------------------------
 
 
@@ -633,8 +709,26 @@ def test_long_arguments_and_results_are_cut_with_length_and_hash(path: Path) -> 
         audit.append({"event": "tool_called", "arguments": value, "result": "short"})
     found = records(path)[0]
     digest = hashlib.sha256(text.encode()).hexdigest()
-    assert found["arguments"] == {"text": text[: record.CAP_BYTES], "bytes": len(text), "sha256": digest}
+    begun = found["arguments"].pop("text")
+    assert text.startswith(begun)
+    assert record.CAP_BYTES - 12 < len(json.dumps(begun)) - 2 <= record.CAP_BYTES
+    assert found["arguments"] == {"bytes": len(text), "sha256": digest}
     assert found["result"] == "short"
+
+
+HALVES = "\ud83d\ude00"
+"""Of a character, each for itself: read back from JSON they are that character."""
+
+
+@pytest.mark.parametrize("one", ["x", "\0", '"', "\\", "ä", "\U0001f600", "a\U0001f600", "\udc80", HALVES])
+def test_an_excerpt_is_cut_by_the_length_that_it_has_in_a_line(one: str) -> None:
+    text = one * record.CAP_BYTES
+    found = record.Excerpt.of(text, 99_999, "hash")
+    assert text.startswith(found["text"])
+    escaped = len(json.dumps(found["text"])) - 2
+    assert record.CAP_BYTES - 12 < escaped <= record.CAP_BYTES or (one == HALVES and 0 < escaped <= record.CAP_BYTES)
+    assert (found["bytes"], found["sha256"]) == (99_999, "hash")
+    assert record.capped(found) is found
 
 
 def test_a_long_source_is_the_same_in_pieces(path: Path) -> None:
@@ -660,8 +754,8 @@ def test_a_policys_hash_is_the_same_without_the_model(name: str) -> None:
 
 
 def test_a_named_variables_value_is_nowhere_in_a_record() -> None:
-    redact = record.Redactor(["API_KEY"], {"API_KEY": "s3cret'\n", "OTHER": "plain"})
-    clean = redact(
+    clear = redact.Redactor(["API_KEY"], {"API_KEY": "s3cret'\n", "OTHER": "plain"})
+    clean = clear(
         {
             "event": "run_ended",
             "code": "key = \"s3cret'\n\"; other = 'plain'",
@@ -676,8 +770,8 @@ def test_a_named_variables_value_is_nowhere_in_a_record() -> None:
 
 
 def test_what_stands_under_a_named_key_is_left_out_wherever_it_comes_again() -> None:
-    redact = record.Redactor(["password", "*_token"])
-    clean = redact(
+    clear = redact.Redactor(["password", "*_token"])
+    clean = clear(
         {
             "event": "tool_called",
             "tool": "login",
@@ -695,8 +789,8 @@ def test_what_stands_under_a_named_key_is_left_out_wherever_it_comes_again() -> 
 
 
 def test_a_very_short_secret_goes_only_where_it_stands_alone() -> None:
-    redact = record.Redactor(["PIN"], {"PIN": "1"})
-    clean = redact({"event": "x", "code": "1 + 11", "args": ["1", "11"]})
+    clear = redact.Redactor(["PIN"], {"PIN": "1"})
+    clean = clear({"event": "x", "code": "1 + 11", "args": ["1", "11"]})
     assert (clean["code"], clean["args"]) == ("1 + 11", ["[redacted]", "11"])
 
 
@@ -710,8 +804,8 @@ def test_a_secret_is_left_out_before_a_value_is_cut(path: Path) -> None:
 
 def test_a_record_that_nothing_is_left_out_of_is_unchanged() -> None:
     given = {"event": "x", "arguments": {"a": 1}}
-    assert record.Redactor(["key"])(given) is given
-    assert record.Redactor()(given) is given
+    assert redact.Redactor(["key"])(given) is given
+    assert redact.Redactor()(given) is given
 
 
 def test_a_policy_names_secrets_by_patterns_of_names() -> None:

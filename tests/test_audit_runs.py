@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -323,6 +324,62 @@ def test_a_tool_call_of_a_run_is_recorded_between_its_beginning_and_its_end(tmp_
     assert found[2]["status"] is None
     assert found[2]["failure"]["stage"] == "cell"
     assert "nobody" not in path.read_text()
+
+
+def test_a_lock_on_the_record_holds_up_one_run_and_not_the_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandboxd.audit.file.LOCK_SECONDS", 10.0)
+    path = tmp_path / "audit.jsonl"
+
+    async def run() -> None:
+        trail = Recording(AuditSettings(str(path)))
+        trail.open()
+        owner = {"uid": 0, "pid": 1}
+        async with trail.run("0a", _prepared(), _request(), {}, owner):
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                trail.tool("0a", {"tool": "query", "caller": "code", "arguments": {}, "result": None})
+                # Whoever waits in the loop's own thread waits in vain: it is the loop that takes the lock away.
+                asyncio.get_running_loop().call_later(0.2, fcntl.flock, file, fcntl.LOCK_UN)
+                async with trail.run("0b", _prepared(), _request(), {}, owner):
+                    pass
+        trail.close()
+
+    asyncio.run(run())
+    assert [one["event"] for one in of(path, "0a")] == ["run_started", "tool_called"]
+    assert [one["event"] for one in of(path, "0b")] == ["run_started"]
+    sound(path)
+
+
+def test_a_lock_that_stays_refuses_runs_and_what_was_kept_is_written_when_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandboxd.audit.file.LOCK_SECONDS", 0.1)
+    path = tmp_path / "audit.jsonl"
+
+    async def run() -> None:
+        trail = Recording(AuditSettings(str(path)))
+        trail.open()
+        owner = {"uid": 0, "pid": 1}
+        async with trail.run("0a", _prepared(), _request(), {}, owner):
+            with path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+                for code in ("1", "x" * 1_000_000):
+                    with pytest.raises(Unavailable) as caught:
+                        async with trail.run("0b", _prepared(), _request(code=code), {}, owner):
+                            raise AssertionError("it began")
+                    assert (caught.value.stage, caught.value.errno) == ("audit", errno.EBUSY)
+                trail.tool("0a", {"tool": "query", "caller": "code", "arguments": {}, "result": None})
+                assert len(of(path, "0a")) == 1
+            async with asyncio.timeout(20):  # no run comes meanwhile
+                while len(of(path, "0a")) < 2:
+                    await asyncio.sleep(0.01)
+        trail.close()
+
+    asyncio.run(run())
+    assert of(path, "0b") == []
+    sound(path)
 
 
 def test_a_run_that_the_engines_end_cut_short_has_an_end(tmp_path: Path) -> None:

@@ -68,6 +68,16 @@ def test_each_event_is_one_line(path: Path) -> None:
     ]
 
 
+def test_calls_that_were_refused_together_are_told_with_their_reasons(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    with AuditLog(path) as audit:
+        refused = {"busy": 2, "invalid_arguments": 30}
+        audit.append({"event": "tool_called", "id": "0a", "tool": None, "caller": "code", "refused": refused})
+    assert logs("--file", path).stdout.split(" ", 1)[1] == (
+        "tool_called  0a - calls refused by the engine: 2 busy, 30 invalid_arguments\n"
+    )
+
+
 def test_one_run_is_shown_whole_and_nothing_of_it_looks_like_ours(path: Path) -> None:
     done = logs("--file", path, "--run", "0a")
     shown = done.stdout.split("\n")
@@ -184,3 +194,9 @@ def test_a_daemon_is_asked_and_followed() -> None:
         done = logs("--connect", daemon.address, "--run", second)
         assert "  code:\n  | print('second')\n" in done.stdout
         assert first not in done.stdout
+
+
+def test_what_is_no_id_of_a_run_is_told() -> None:
+    done = CliRunner().invoke(cli, ["logs", "--run", "nope"])
+    assert done.exit_code == 2
+    assert "'nope' is none" in done.output

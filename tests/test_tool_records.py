@@ -119,7 +119,7 @@ def test_long_values_are_excerpts_with_length_and_hash(recorded: Recorded) -> No
         assert shown["bytes"] == len(whole)
         assert shown["sha256"] == hashlib.sha256(whole).hexdigest()
         assert shown["text"] == whole[: len(shown["text"])].decode()
-        assert len(shown["text"]) == 16 << 10
+        assert 15 << 10 < len(shown["text"]) <= 16 << 10
 
 
 def test_call_without_an_answer_is_recorded_at_the_end_of_its_run(recorded: Recorded) -> None:
@@ -130,7 +130,13 @@ def test_call_without_an_answer_is_recorded_at_the_end_of_its_run(recorded: Reco
 
 
 def test_what_is_no_json_is_recorded_as_it_was(recorded: Recorded) -> None:
-    code = RAW + 'os.write(3, frame(body=b\'{"tool": "echo", \\xff\\n\\x1b\'))\nanswers()'
+    code = (
+        RAW
+        + """
+os.write(3, frame(body=b'{"tool": "echo", "arguments": \\xff\\n\\x1b'))
+answers()
+"""
+    )
     recorded.run(code, lambda body, run: refusal("invalid_arguments", "No."))
     (call,) = recorded.calls()
     assert call["tool"] == "echo"

@@ -6,6 +6,7 @@ The frames are those of test_tool_calls.py; here their bodies come to real tools
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -524,6 +525,14 @@ WRONG_USES: list[tuple[str, list[Any], dict[str, Any]]] = [
 def test_wrong_use_of_a_dispatcher_is_told_at_once(given: list[Any], named: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match=r"list of tools|must be"):
         Dispatcher(*given, **named)
+
+
+def test_record_of_run_code_bears_the_id_of_its_run(sandbox: Sandbox, tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    with Dispatcher([sales], sandbox=sandbox, audit=path) as dispatcher:
+        value = run(dispatcher, "tools.sales('Q1')")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(one["tool"], one["id"]) for one in records] == [("sales", value["id"]), ("run_code", value["id"])]
 
 
 def test_two_dispatchers_on_one_daemon_never_see_each_others_calls(tmp_path: Path) -> None:

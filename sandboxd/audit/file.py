@@ -30,6 +30,7 @@ __all__ = ["ChainFile", "last_line", "rotated"]
 
 LOCK_SECONDS: Final = 2.0
 """A writer has the lock for the time of a write; who has it for longer is stopped or hangs."""
+LOCKED: Final = "another process holds the lock on the audit record"
 REOPENINGS: Final = 100
 TORN_BYTES: Final = 1 << 20
 """Of a torn line, so much is written into the record; its length and hash are of the whole."""
@@ -37,6 +38,9 @@ STEP: Final = 1 << 16
 END_BYTES: Final = 128
 """More than ``record.ending`` and the newline add to a body."""
 JOINED_BYTES: Final = 1 << 20
+FARTHEST: Final = 100
+"""So far apart may the numbers of older files be where some were taken away."""
+BEGINNING: Final = b'{"time":"'
 _END: Final = re.compile(rb',"sequence":([0-9]{1,18}),"previous":"[0-9a-f]{64}"\}\Z')
 
 
@@ -54,12 +58,15 @@ class ChainFile:
         self._previous = NOTHING
         self._owed: list[bytes] = []  # records of our own that must come first
 
-    def append(self, bodies: Sequence[bytes]) -> None:
-        """Write *bodies* (of ``record.body``) as the next lines: all of them, or none."""
+    def append(self, bodies: Sequence[bytes], wait: bool = True) -> None:
+        """Write *bodies* (of ``record.body``) as the next lines: all of them, or none.
+
+        Another process that holds the lock is waited for, for LOCK_SECONDS; without *wait* it is a BlockingIOError.
+        """
         try:
-            self._lock()
+            self._lock(wait)
             if self._size > 0 and self._size + sum(len(one) + END_BYTES for one in bodies) > self._max_bytes:
-                self._rotate()
+                self._rotate(wait)
             self._write([*self._owed, *bodies])
             if self._owed:
                 self._owed = []
@@ -83,13 +90,13 @@ class ChainFile:
 
     # Opening and locking
 
-    def _lock(self) -> None:
+    def _lock(self, wait: bool) -> None:
         """Hold the lock on the file that has the path now, and know its last line."""
         for _ in range(REOPENINGS):
             if self._fd < 0:
                 self._fd = _opened(self.path)
                 self._size = -1
-            _take(self._fd)
+            _take(self._fd, wait)
             ours = os.fstat(self._fd)
             with contextlib.suppress(FileNotFoundError):
                 there = os.lstat(self.path)
@@ -178,15 +185,15 @@ class ChainFile:
         self._size += size
         self._sequence, self._previous = sequence, previous
 
-    def _rotate(self) -> None:
+    def _rotate(self, wait: bool) -> None:
         """Give the file the name PATH.1, those before it the next ones, and begin a new one.
 
         Each step is atomic: a crash in between leaves a number free, which the next rotation fills, and loses nothing.
         Another writer that finds the path gone may make the new file first.
         """
         seen = os.fstat(self._fd)
-        for name in rotated(self.path):
-            if int(name.rpartition(".")[2]) > self._keep:  # it was more, once
+        for name in _beyond(self.path, self._keep):
+            with contextlib.suppress(FileNotFoundError):
                 os.unlink(name)
         free = next((n for n in range(1, self._keep) if not os.path.lexists(f"{self.path}.{n}")), self._keep)
         for number in range(free, 1, -1):
@@ -204,15 +211,50 @@ class ChainFile:
                 _sync_directory(self.path)
         finally:
             os.close(old)
-        self._lock()
+        self._lock(wait)
 
 
 def rotated(path: str) -> list[str]:
-    """The older files of *path* that are there, oldest first."""
+    """The older files of *path* that are there, oldest first. A number far from all others is somebody's own."""
     directory, name = os.path.split(os.path.abspath(path))
     numbered = re.compile(re.escape(name) + r"\.([1-9][0-9]{0,5})")
-    found = [(int(one[1]), one[0]) for one in map(numbered.fullmatch, os.listdir(directory)) if one]
-    return [os.path.join(directory, name) for _, name in sorted(found, reverse=True)]
+    found = sorted(int(one[1]) for one in map(numbered.fullmatch, os.listdir(directory)) if one)
+    ours: list[str] = []
+    before = 0
+    for number in found:
+        if number - before > FARTHEST:
+            break
+        ours.append(os.path.join(directory, f"{name}.{number}"))
+        before = number
+    return ours[::-1]
+
+
+def _beyond(path: str, keep: int) -> list[str]:
+    """What a larger *keep* left of *path*, oldest first: records with the numbers that follow, one of which a crash may
+    have left free. Whatever else has a number was given it by somebody, as a month perhaps, and is theirs.
+    """
+    found: list[str] = []
+    number, free = keep + 1, 0
+    while free < 2:
+        name = f"{path}.{number}"
+        if _is_record(name):
+            found.append(name)
+            free = 0
+        else:
+            free += 1
+        number += 1
+    return found[::-1]
+
+
+def _is_record(path: str) -> bool:
+    try:
+        fd = _opened(path, 0)
+    except OSError:
+        return False
+    try:
+        return os.pread(fd, len(BEGINNING), 0) == BEGINNING
+    finally:
+        os.close(fd)
 
 
 def last_line(fd: int, end: int) -> bytes:
@@ -238,15 +280,17 @@ def _opened(path: str, create: int = os.O_CREAT) -> int:
     return fd
 
 
-def _take(fd: int) -> None:
+def _take(fd: int, wait: bool) -> None:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
+            if not wait:
+                raise
             if time.monotonic() > deadline:
-                raise OSError(errno.EBUSY, "another process holds the lock on the audit record") from None
+                raise OSError(errno.EBUSY, LOCKED) from None
             time.sleep(0.0005)
 
 

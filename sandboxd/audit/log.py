@@ -19,8 +19,9 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from sandboxd.audit.file import ChainFile
-from sandboxd.audit.record import Redactor, body, stamp
+from sandboxd.audit.file import LOCK_SECONDS, LOCKED, ChainFile
+from sandboxd.audit.record import body, stamp
+from sandboxd.audit.redact import Redactor
 from sandboxd.closing import Closing
 
 if TYPE_CHECKING:
@@ -83,8 +84,11 @@ class AuditLog(Closing):
         self._pending_bytes = 0
         self._lost = 0
         self._since = 0
+        self._kept_out = 0.0  # when another process was first found to hold the lock, time.monotonic()
         self._queue: deque[_Entry] = deque()
         self._aside: deque[bytes] = deque()  # late ones that came while somebody else was writing
+        self._aside_bytes = 0
+        self._counts = threading.Lock()  # of what is aside, and of what is lost: held for no longer than it takes
         self._wake = threading.Event()
         self._awake = False
         self._thread: threading.Thread | None = None
@@ -98,14 +102,18 @@ class AuditLog(Closing):
         self._closed = False
         _open.add(self)
 
-    def append(self, record: Mapping[str, Any], *, late: bool = False, redactor: Redactor | None = None) -> None:
+    def append(
+        self, record: Mapping[str, Any], *, late: bool = False, redactor: Redactor | None = None, wait: bool = True
+    ) -> None:
         """Write *record*, which holds at least ``event`` and is this log's from now on: nobody changes it any more.
 
         The time is that of the call. ``id``, ``client`` and ``policy`` are null where they are not given; arguments and
         results are cut at 16 KiB. *redactor* is used instead of the log's own names.
 
         Raises AuditError when it could not be written, or, buffered, when earlier ones could not; RuntimeError after
-        ``close``.
+        ``close``. Whoever else writes, here or in another process, is waited for, for seconds at most. Without *wait*,
+        which is for a thread that has others to serve, nobody is: BlockingIOError says that it should be tried again
+        in a thread that may wait. Where that has been in vain, it is an AuditError at once. What is late is kept.
         """
         entry = (time.time_ns(), record, redactor)
         if self._closed:
@@ -113,11 +121,11 @@ class AuditLog(Closing):
         if not self._buffered:
             begun = self._body(entry)
             if late:
-                self._aside.append(begun)
-                self._put_in()
+                self._put_aside(begun)
+                self._put_in(wait)
             else:
-                with self._held():
-                    self._write([begun], False)
+                with self._held(wait):
+                    self._write([begun], False, wait)
             return
         if self._error is not None and self.on_failure == "stop" and not late:
             raise self._as_ours(self._error)
@@ -133,14 +141,17 @@ class AuditLog(Closing):
     @property
     def is_behind(self) -> bool:
         """Whether something waits to be written that could not be before."""
-        return bool(self._pending or self._lost)
+        return bool(self._pending or self._lost or self._aside)
 
-    def flush(self) -> None:
-        """Write what waits. Raises AuditError when it cannot be written; it goes on waiting then."""
-        self._drain()
-        with self._held():
+    def flush(self, *, wait: bool = True) -> None:
+        """Write what waits. Raises AuditError when it cannot be written; it goes on waiting then. *wait* is as of
+        ``append``.
+        """
+        if self._buffered:
+            self._drain()
+        with self._held(wait):
             if self.is_behind:
-                self._write([], False)
+                self._write([], False, wait)
             if self._error is not None and self.on_failure == "stop":
                 raise self._as_ours(self._error)
 
@@ -152,8 +163,8 @@ class AuditLog(Closing):
         self._wake.set()
         self._drain()
         with self._lock:
-            while self._aside:
-                self._write([self._aside.popleft()], True)
+            for begun in self._take_aside():
+                self._keep(begun)
             if self.is_behind:
                 self._try([])
             lost = self._lost + len(self._pending)
@@ -168,53 +179,85 @@ class AuditLog(Closing):
             self.close()
 
     @contextlib.contextmanager
-    def _held(self) -> Iterator[None]:
+    def _held(self, wait: bool = True) -> Iterator[None]:
         """The lock; whoever gives it back writes what came meanwhile."""
+        if not self._lock.acquire(blocking=wait):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         try:
-            with self._lock:
-                yield
+            yield
         finally:
-            self._put_in()
+            self._lock.release()
+            self._put_in(wait and self._error is None)
 
-    def _put_in(self) -> None:
+    def _put_aside(self, begun: bytes) -> None:
+        with self._counts:
+            if self._aside_bytes + len(begun) <= PENDING_BYTES:
+                self._aside.append(begun)
+                self._aside_bytes += len(begun)
+                return
+        self._lose(1)
+
+    def _take_aside(self) -> list[bytes]:
+        with self._counts:
+            taken = list(self._aside)
+            self._aside.clear()
+            self._aside_bytes = 0
+        return taken
+
+    def _put_in(self, wait: bool) -> None:
         """Write late records, unless somebody writes just now, who will then do it: the end of a run waits for no other
         thread that writes many megabytes.
         """
         while self._aside and self._lock.acquire(blocking=False):
             try:
-                while self._aside:
-                    self._write([self._aside.popleft()], True)
+                for begun in self._take_aside():
+                    self._write([begun], True, wait)
+                    wait = wait and self._error is None  # once in vain is enough
             finally:
                 self._lock.release()
 
     # Writing; the lock is held
 
-    def _write(self, bodies: list[bytes], late: bool) -> None:
-        error = self._try(bodies)
+    def _write(self, bodies: list[bytes], late: bool, wait: bool = True) -> None:
+        # While nothing can be written, what is late does not try it each time.
+        error = self._error if late and not wait else None
+        error = error or self._try(bodies, wait)
         if error is None:
             return
         if late:
             for begun in bodies:
                 self._keep(begun)
+        elif self._error is None:
+            raise error  # nobody has waited yet
         elif self.on_failure == "stop":
             raise self._as_ours(error) from error
         else:
             self._lose(len(bodies))
 
-    def _try(self, bodies: list[bytes]) -> OSError | None:
+    def _try(self, bodies: list[bytes], wait: bool = True) -> OSError | None:
         """Write *bodies*, and before them what waits."""
         behind = list(self._pending)
-        if self._lost:
-            behind.append(body({"event": "gap", "lost": self._lost, "since": stamp(self._since)}, time.time_ns()))
+        lost = self._lost
+        if lost:
+            behind.append(body({"event": "gap", "lost": lost, "since": stamp(self._since)}, time.time_ns()))
         try:
-            self._file.append([*behind, *bodies])
+            self._file.append([*behind, *bodies], wait)
+        except BlockingIOError as error:
+            now = time.monotonic()
+            self._kept_out = self._kept_out or now
+            if now - self._kept_out > LOCK_SECONDS:
+                self._failed(OSError(errno.EBUSY, LOCKED, self.path))
+            return self._error or error
         except OSError as error:
             self._failed(error)
             return error
         if self._error is not None:
-            log.warning("%s: the audit log is written again; records lost: %d", self.path, self._lost)
+            log.warning("%s: the audit log is written again; records lost: %d", self.path, lost)
         self._error = None
-        self._pending, self._pending_bytes, self._lost = [], 0, 0
+        self._kept_out = 0.0
+        self._pending, self._pending_bytes = [], 0
+        with self._counts:
+            self._lost -= lost
         return None
 
     def _failed(self, error: OSError) -> None:
@@ -230,9 +273,10 @@ class AuditLog(Closing):
         self._pending_bytes += len(begun)
 
     def _lose(self, count: int) -> None:
-        if not self._lost:
-            self._since = time.time_ns()
-        self._lost += count
+        with self._counts:
+            if not self._lost:
+                self._since = time.time_ns()
+            self._lost += count
 
     def _as_ours(self, error: OSError) -> AuditError:
         number = error.errno or errno.EIO
@@ -263,7 +307,9 @@ class AuditLog(Closing):
         self._wake = threading.Event()
         self._awake, self._thread = False, None
         self._queue.clear()
+        self._counts = threading.Lock()
         self._aside.clear()
+        self._aside_bytes = 0
         self._pending, self._pending_bytes, self._lost = [], 0, 0
         self._file.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import stat
 from typing import TYPE_CHECKING, Any, Final
@@ -29,6 +30,7 @@ __all__ = ["logs"]
 DEFAULT_FILE: Final = "/var/log/sandboxd/audit.jsonl"
 LOOK_MILLISECONDS: Final = 200
 BROKEN: Final = 1
+RUN_ID: Final = re.compile(r"[0-9a-f]{1,64}")
 _HEADLINE: Final = ("time", "event", "id")
 _LAST: Final = ("sequence", "previous")
 
@@ -50,8 +52,10 @@ def logs(file: str | None, connect: str | None, follow: bool, run: str | None, v
         raise click.UsageError("--file and --connect exclude each other.")
     if verify:
         if connect is not None or follow or run is not None:
-            raise click.UsageError("--verify reads files: it goes with --file and --json alone.")
+            raise click.UsageError("--verify reads a file, so it cannot go with --connect, --follow or --run.")
         click.get_current_context().exit(check(file or DEFAULT_FILE, as_json))
+    if run is not None and not RUN_ID.fullmatch(run):
+        raise click.UsageError(f"--run takes a run's id, 16 digits and letters from a to f, and {run!r} is none.")
     from sandboxd.audit.reader import follow as lines
 
     show = raw if as_json else whole if run is not None else brief
@@ -180,9 +184,11 @@ def _words(record: dict[str, Any]) -> Iterator[str]:
         yield f"{record.get('language')} {record.get('filename')}, {len(str(record.get('code')).encode()):,} bytes"
     elif event == "run_ended":
         yield from _ending(record)
+    elif event == "tool_called" and isinstance(refused := record.get("refused"), dict):
+        yield f"calls refused by the engine: {', '.join(f'{count} {code}' for code, count in refused.items())}"
     elif event == "tool_called":
         yield f"{record.get('tool')}, from {record.get('caller')}:"
-        yield "ok" if record.get("ok") else str(record.get("code"))
+        yield "ok" if record.get("ok") else str(record.get("code") or "not answered, its run ended")
         if isinstance(seconds := record.get("seconds"), int | float):
             yield f"{seconds:.3f} s"
     elif event == "gap":

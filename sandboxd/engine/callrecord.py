@@ -124,4 +124,4 @@ class _Body:
 
     def excerpt(self, with_text: bool) -> Excerpt:
         text = self.text.decode("utf-8", "backslashreplace") if with_text else ""
-        return Excerpt(text=text, bytes=self.bytes, sha256=self._hash.hexdigest())
+        return Excerpt.of(text, self.bytes, self._hash.hexdigest())

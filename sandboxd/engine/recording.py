@@ -2,6 +2,9 @@
 
 Recorded is what was admitted: a run that its caller took back while it waited, or whose request was wrong, is none. One
 that was turned away because the engine was full has a ``run_ended`` alone, with the status "busy".
+
+The engine's loop waits for nobody who holds the record: the beginning of a run is then written by a thread, and all
+else is kept, and written as soon as possible.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import os
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.audit.log import AuditError, AuditLog
-from sandboxd.audit.record import Redactor, capped, policy_sha256
+from sandboxd.audit.record import capped, policy_sha256
+from sandboxd.audit.redact import Redactor
 from sandboxd.engine.callrecord import CallRecords
 from sandboxd.engine.trail import Trail
 from sandboxd.errors import SandboxError, Unavailable
@@ -35,13 +39,18 @@ log = logging.getLogger("sandboxd.engine")
 
 LARGE_CHARACTERS: Final = 1 << 18
 """A source from this length on is written by another thread; one at a time, for escaped it can be six times as long."""
+SEARCHED_CHARACTERS: Final = 1 << 14
+"""The same for a source in which secrets are sought."""
+SOON_SECONDS: Final = 0.02
 RETRY_SECONDS: Final = 1.0
+"""The longest pause between two attempts to write what waits; the first comes soon, each next one later."""
 NAMES: Final = 256
 
 _FIXES: Final = {
     errno.ENOSPC: "make room where the audit record is",
     errno.EDQUOT: "make room where the audit record is",
     errno.EACCES: "choose a place for the audit record that the engine's user may write to",
+    errno.EBUSY: "find out who holds the lock on the audit record: lslocks shows it",
     errno.ENOENT: "make the directory of the audit record",
     errno.ELOOP: "the audit record must not be a symbolic link",
     errno.EPERM: "the audit record must be a file that only its owner may write, with one name, not append-only",
@@ -59,6 +68,7 @@ class Recording(Trail):
         self._policies: dict[tuple[int, str], dict[str, str]] = {}
         self._names: dict[int, str | None] = {}
         self._retry: asyncio.TimerHandle | None = None
+        self._pause = SOON_SECONDS
         self._large = asyncio.Lock()
 
     def open(self) -> None:
@@ -87,7 +97,7 @@ class Recording(Trail):
             self._end(identity, {"status": None, "failure": {"kind": "Closed", "text": "the engine ended before it"}})
         audit, self._log = self._log, None
         if audit is not None:
-            audit.append({"event": "log_closed", "engine": os.getpid()}, late=True)
+            audit.append({"event": "log_closed", "engine": os.getpid()}, late=True, wait=False)
             audit.close()
 
     @contextlib.asynccontextmanager
@@ -108,9 +118,9 @@ class Recording(Trail):
         append = functools.partial(self._log.append, _started(base, request, limits), redactor=redactor)
         begun = ended = False
 
-        def begin() -> None:
+        def begin(wait: bool) -> None:
             nonlocal begun
-            append()
+            append(wait=wait)
             begun = True
 
         def tell(answer: Answer) -> None:
@@ -120,11 +130,7 @@ class Recording(Trail):
 
         self._runs[identity] = (base, redactor)
         try:
-            if len(request.code) < LARGE_CHARACTERS and not self._large.locked():
-                begin()
-            else:
-                async with self._large:
-                    await _in_thread(begin)
+            await self._begin(begin, len(request.code) < (SEARCHED_CHARACTERS if redactor.seeks else LARGE_CHARACTERS))
             yield tell
         except BaseException as error:
             if begun and not ended:
@@ -135,6 +141,20 @@ class Recording(Trail):
             raise
         finally:
             self._runs.pop(identity, None)
+
+    async def _begin(self, begin: Callable[[bool], None], small: bool) -> None:
+        """Call *begin*, here if that is done at once. Raises AuditError."""
+        if small:
+            with contextlib.suppress(BlockingIOError):
+                begin(False)
+                return
+        async with self._large:
+            if small:
+                # Whoever was before this one may have waited in vain.
+                with contextlib.suppress(BlockingIOError):
+                    begin(False)
+                    return
+            await _in_thread(functools.partial(begin, True))
 
     async def busy(self, identity: str, prepared: Prepared, request: Run, owner: Mapping[str, Any]) -> None:
         """A run was turned away before it began."""
@@ -163,19 +183,22 @@ class Recording(Trail):
     def _append(self, record: dict[str, Any], redactor: Redactor) -> None:
         """Of something that has happened: never an error."""
         if self._log is not None:
-            self._log.append(record, late=True, redactor=redactor)
+            self._log.append(record, late=True, redactor=redactor, wait=False)
             self._later()
 
     def _later(self) -> None:
         """What waits to be written is tried again, also when no run comes that would do so."""
-        if self._retry is None and self._log is not None and self._log.is_behind:
-            self._retry = asyncio.get_running_loop().call_later(RETRY_SECONDS, self._again)
+        if self._log is None or not self._log.is_behind:
+            self._pause = SOON_SECONDS
+        elif self._retry is None:
+            self._retry = asyncio.get_running_loop().call_later(self._pause, self._again)
+            self._pause = min(2 * self._pause, RETRY_SECONDS)
 
     def _again(self) -> None:
         self._retry = None
         if self._log is not None:
-            with contextlib.suppress(AuditError):
-                self._log.flush()
+            with contextlib.suppress(AuditError, BlockingIOError):
+                self._log.flush(wait=False)
             self._later()
 
     async def _base(self, identity: str, prepared: Prepared, owner: Mapping[str, Any]) -> dict[str, Any]:

@@ -358,6 +358,8 @@ class Dispatcher(Closing):
         log = self._log
         if log is not None:
             run = None if call.run is None else call.run.id
+            if call.tool is self._code.tool and result.ok:
+                run = result.value["id"]  # the run that this call made
             record = ToolCalled(call.name, call.caller, run, call.text, call.plain, result, call.begun)
             recording.append(log, record)
         return result

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sandboxd.tools import values
-from sandboxd.tools.outcome import Refused, ToolFailure, ToolResult, shown
+from sandboxd.tools.outcome import Refused, ToolFailure, ToolResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from sandboxd.audit import AuditLog
 
 _LOG = logging.getLogger("sandboxd.tools")
+_JSON = json.JSONEncoder(allow_nan=False).encode
 
 
 class ToolCalled(Mapping[str, Any]):
     """The record of one call, made of what cannot change any more; its values are built when the log writes them.
 
-    *text* is the arguments' JSON; where they are none, *given* is what was given instead. *begun* is of
-    time.monotonic(), *run* the id of the run of code that called.
+    *text* is the arguments' JSON; where they are none, *given* is what was given instead: recorded is the JSON value
+    that it is, a text that is none as it stands, and of anything else an excerpt. *begun* is of time.monotonic(),
+    *run* the id of the run of code that called.
     """
 
     __slots__ = ("_caller", "_failure", "_given", "_made", "_result", "_run", "_seconds", "_text", "_tool")
@@ -33,11 +35,11 @@ class ToolCalled(Mapping[str, Any]):
         self, tool: object, caller: str, run: str | None, text: str, given: object, result: ToolResult, begun: float
     ) -> None:
         self._seconds = time.monotonic() - begun
-        self._tool = tool if isinstance(tool, str) else shown(tool)
+        self._tool: Any = tool if isinstance(tool, str) else _copy(tool)
         self._caller = caller
         self._run = run
         self._text = text
-        self._given = None if text else _unreadable(given)
+        self._given: Any = None if text else _copy(given)
         self._result = result.json_text
         self._failure: ToolFailure | None = result.error
         self._made: dict[str, Any] | None = None
@@ -50,7 +52,7 @@ class ToolCalled(Mapping[str, Any]):
                 "id": self._run,
                 "tool": self._tool,
                 "caller": self._caller,
-                "arguments": json.loads(self._text) if self._text else self._given,
+                "arguments": json.loads(self._text) if self._text else _read(self._given),
                 "result": json.loads(self._result) if failure is None else failure.to_dict(),
                 "ok": failure is None,
                 "code": None if failure is None else failure.code,
@@ -68,16 +70,33 @@ class ToolCalled(Mapping[str, Any]):
         return len(self._record())
 
 
-def _unreadable(given: object) -> Any:
-    """Arguments that were refused before they were JSON, as a copy that can be recorded."""
+def _copy(given: object) -> Any:
+    """What was given and is not known to be JSON, as a copy that can be recorded: nobody changes it any more."""
+    from sandboxd.audit.record import Excerpt, encoded, hash_of
+
     if given is None or isinstance(given, str):
         return given
     if isinstance(given, bytes | bytearray):
-        return bytes(given).decode(errors="backslashreplace")
+        return bytes(given)
     try:
-        return json.loads(values.arguments_json(given))
+        if isinstance(given, Mapping):
+            given = dict(given)
+        return json.loads(_JSON({"": given}))[""]
+    except Exception:  # what a caller's own class does here must not end the call
+        text = encoded(given)
+        return Excerpt.of(text, len(text), hash_of(text.encode("ascii")))
+
+
+def _read(given: Any) -> Any:
+    """The JSON value that *given* is, if it is a text; else the text."""
+    if isinstance(given, bytes):
+        given = given.decode(errors="backslashreplace")
+    if not isinstance(given, str):
+        return given
+    try:
+        return values.parse(given)
     except Refused:
-        return shown(given, 1000)
+        return given
 
 
 def opened(audit: str | Path | AuditLog | None) -> tuple[AuditLog | None, bool]:

@@ -185,6 +185,8 @@ def _parameters(
         if parameter.name.startswith("_"):
             raise TypeError(f"{what} begins with an underscore.")
         if parameter.name not in hints:
+            if parameter.name in ("self", "cls") and not annotations:
+                raise TypeError(f"{name} is a method; a tool is made of one that has its object: tool(thing.{name}).")
             raise TypeError(f"{what} has no annotation.")
         annotations[parameter.name] = hints[parameter.name]
         if parameter.default is not parameter.empty:
