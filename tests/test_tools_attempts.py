@@ -77,7 +77,7 @@ def test_a_further_program_is_refused_and_does_not_run(dispatcher: Dispatcher) -
 
     (said,) = texts(dispatcher.handle(message("print('ran')"), attempts=attempts))
 
-    assert said.startswith('{"error":{"code":"budget_exceeded","message":"All 1 attempts')
+    assert said.startswith('{"error":{"code":"budget_exceeded","message":"No attempt at running code is left')
     assert attempts.last is last
 
 

@@ -440,6 +440,52 @@ def test_misuse_raises_also_from_the_threads() -> None:
         made.handle(chat(("add", {"a": 1}), ("add", {"a": 2})))
 
 
+@pytest.mark.parametrize("most", [0, 2])
+def test_calls_go_on_when_no_more_threads_can_be_started(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    begin = threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == most:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        begin(thread)
+
+    @tool
+    def pay(number: int) -> int:
+        """Must be done once."""
+        done.append(number)
+        return number
+
+    with Dispatcher([pay]) as made:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        replies = made.handle(chat(*(("pay", {"number": number}) for number in range(20))))
+
+    assert [reply["content"] for reply in replies] == [str(number) for number in range(20)]
+    assert sorted(done) == list(range(20))
+
+
+@pytest.mark.parametrize("mode", ["handle", "ahandle"])
+def test_a_dispatcher_that_is_closed_meanwhile_still_answers(mode: str) -> None:
+    done: list[int] = []
+
+    @tool
+    def last() -> int:
+        """The other call comes when nothing may be called any more."""
+        made.close()
+        done.append(1)
+        return 1
+
+    made = Dispatcher([last])
+    calls: list[tuple[str, Any]] = [("last", {})] * 40
+    replies = made.handle(chat(*calls)) if mode == "handle" else asyncio.run(made.ahandle(chat(*calls)))
+
+    assert len(replies) == 40
+    assert [reply["content"] for reply in replies].count("1") == len(done) > 0
+    assert "The call failed in the host program." in replies[-1]["content"]
+
+
 # Pictures
 
 
@@ -520,7 +566,23 @@ def test_only_so_many_pictures_go_along(sandbox: Sandbox) -> None:
         pictures, left_out = pictures_of(result)
 
     assert [one.name for one in pictures] == [f"{number}.png" for number in range(MOST_PICTURES)]
-    assert left_out == [f"{number}.png: not shown, only {MOST_PICTURES} pictures are" for number in (4, 5)]
+    assert left_out == [f"picture {number}.png: not shown, only {MOST_PICTURES} pictures are" for number in (4, 5)]
+
+
+def test_lines_about_pictures_left_out_are_few_and_short(dispatcher: Dispatcher) -> None:
+    code = "for n in range(300): open('p' * 150 + f'{n:03}.png', 'w').write('x')"
+    (block,) = dispatcher.handle(anthropic(("run_code", {"code": code})))[0]["content"]
+
+    lines = [line for line in block["content"].splitlines() if "not shown" in line]
+    assert len(lines) == 11
+    assert lines[0] == f"picture {'p' * 97}...: not shown, it is neither PNG nor JPEG"
+    assert lines[-1] == "and 290 more pictures: not shown"
+
+
+def test_a_picture_with_a_long_name_is_called_by_its_beginning(dispatcher: Dispatcher) -> None:
+    *_, last = dispatcher.handle(chat(("run_code", makes("p" * 240 + ".png", png(1, 1)))))
+
+    assert last["content"][0]["text"].endswith(f"made: {'p' * 97}...")
 
 
 def test_displayed_pictures_are_pictures(sandbox: Sandbox) -> None:
@@ -548,3 +610,9 @@ def test_any_bytes_are_a_picture_or_not(data: bytes, start: bytes, cut: int) -> 
     except pictures._Unfit:
         return
     assert kind in ("image/png", "image/jpeg")
+
+
+def test_older_form_is_told_and_not_taken_for_an_answer_without_calls(dispatcher: Dispatcher) -> None:
+    message = {"role": "assistant", "function_call": {"name": "add", "arguments": "{}"}}
+    with pytest.raises(ValueError, match="older form"):
+        dispatcher.handle(message)

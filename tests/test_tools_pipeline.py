@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
@@ -394,6 +395,74 @@ def test_nobody_is_asked_when_the_cell_cannot_be_frozen(error: Exception) -> Non
         answer = from_code(dispatcher, "delete", ARGUMENTS, Frozen(toolbox(), error))
     assert answer["error"]["code"] == "unavailable"
     assert not asked
+
+
+def test_one_run_asks_one_question_at_a_time() -> None:
+    """The others wait without having frozen the cell, and are asked in their turn."""
+    asking, most, asked = 0, 0, 0
+    other = threading.Event()
+    lock = threading.Lock()
+    run = toolbox()
+
+    def approve(*_: Any) -> bool:
+        nonlocal asking, most, asked
+        with lock:
+            asking += 1
+            most = max(most, asking)
+            asked += 1
+        other.wait(0.05)  # room for a second question to overlap
+        with lock:
+            asking -= 1
+        return True
+
+    with Dispatcher([delete], approve=approve) as dispatcher, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: from_code(dispatcher, "delete", ARGUMENTS, Frozen(run)), range(8)))
+
+    assert all(answer["ok"] for answer in answers)
+    assert (most, asked) == (1, 8)
+
+
+def test_two_runs_are_asked_for_side_by_side() -> None:
+    both_asked = threading.Barrier(2, timeout=30)
+
+    def approve(*_: Any) -> bool:
+        both_asked.wait()
+        return True
+
+    with Dispatcher([delete], approve=approve) as dispatcher, ThreadPoolExecutor(2) as pool:
+        answers = pool.map(lambda _: from_code(dispatcher, "delete", ARGUMENTS, Frozen(toolbox())), range(2))
+        assert all(answer["ok"] for answer in answers)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_three_refusals_a_run_is_not_asked_for_any_more(fails: bool) -> None:
+    asked: list[int] = []
+
+    def approve(*_: Any) -> bool:
+        asked.append(1)
+        if fails:
+            raise OSError(errno.EIO, "x")
+        return False
+
+    run = toolbox()
+    with Dispatcher([delete], approve=approve) as dispatcher, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: from_code(dispatcher, "delete", ARGUMENTS, Frozen(run)), range(20)))
+        assert {answer["error"]["code"] for answer in answers} == {"approval_denied"}
+        assert len(asked) == 3
+        assert sum("3 approvals were refused to this run" in answer["error"]["message"] for answer in answers) == 17
+
+        from_code(dispatcher, "delete", ARGUMENTS, Frozen(toolbox()))  # another run begins anew
+        dispatcher.call("delete", ARGUMENTS)  # and a model is no run
+        assert len(asked) == 5
+
+
+def test_a_cell_that_cannot_be_frozen_does_not_keep_the_next_question_from_being_asked() -> None:
+    run = toolbox()
+    with Dispatcher([delete], approve=lambda *_: True) as dispatcher:
+        for _ in range(5):
+            answer = from_code(dispatcher, "delete", ARGUMENTS, Frozen(run, OSError(errno.EIO, "x")))
+            assert answer["error"]["code"] == "unavailable"
+        assert from_code(dispatcher, "delete", ARGUMENTS, Frozen(run))["ok"]
 
 
 # Running
@@ -1047,7 +1116,7 @@ def test_no_call_is_made_while_the_record_cannot_be_written(tmp_path: Path, monk
     real = log._file.append
     full = OSError(errno.ENOSPC, "No space left on device")
 
-    def refuse(_lines: Any) -> None:
+    def refuse(_lines: Any, _wait: bool) -> None:
         raise full
 
     with log, Dispatcher([echo], audit=log) as dispatcher:

@@ -264,9 +264,12 @@ def test_exactly_the_valid_calls_reach_the_function(drawn: tuple[dict[str, Any],
     with Dispatcher([given_tool]) as dispatcher:
         as_object = dispatcher.call("made", arguments)
         as_text = dispatcher.call("made", json.dumps(arguments))
+        # As it is for types that could have too many errors; whichever is asked first, the answer is the same.
+        given_tool._arguments._first = True
+        schema_first = dispatcher.call("made", arguments)
     assert as_object.ok == expected, (schema, arguments, as_object)
-    assert as_text == as_object
-    assert len(seen) == (2 if expected else 0)
+    assert as_text == schema_first == as_object
+    assert len(seen) == (3 if expected else 0)
     assert arguments == before
     if expected:
         assert all(given.keys() == arguments.keys() for given in seen)

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import contextvars
+import json
 import logging
 import os
 import signal
@@ -26,8 +27,8 @@ from sandboxd import (
 )
 from sandboxd.tools import Dispatcher, Review, ToolResult, tool
 from sandboxd.tools.kept import Kept
-from sandboxd.tools.offer import DESCRIPTION_CHARACTERS
-from sandboxd.tools.view import STREAM_CHARACTERS, as_text, clipped
+from sandboxd.tools.offer import DESCRIPTION_CHARACTERS, RESULT_BYTES
+from sandboxd.tools.view import STREAM_CHARACTERS, as_text, clipped, value_of
 from tests.daemons import directory, served
 from tests.pictures import png
 
@@ -254,6 +255,58 @@ def test_texts_of_any_length_are_bounded(dispatcher: Dispatcher) -> None:
     assert (len(value["files"]), value["files_skipped"]) == (50, 30)
 
 
+HOSTILE = r"""
+import os, sys
+folder = b"/workspace"
+while len(folder) < 3700:
+    folder += b"/" + b"\x01" * 240
+    os.mkdir(folder)
+for n in range(50):
+    open(folder + b"/" + b"\x01" * 100 + b"%d" % n, "w").close()
+for n in range(3):
+    open(f"/workspace/{n}", "w").close()
+wide = "\U0001f600" * 10_000
+print(wide)
+print(wide, file=sys.stderr)
+Error = type("E" * 100_000, (Exception,), {})
+class Shown:
+    def __repr__(self):
+        return wide
+"""
+
+
+@pytest.mark.parametrize("end", ["Shown()", "raise Error(wide)"])
+def test_no_choice_of_names_and_texts_makes_the_value_too_large(dispatcher: Dispatcher, end: str) -> None:
+    result = dispatcher.call("run_code", {"code": HOSTILE + end})
+
+    assert result.ok, result.error
+    assert len(result.json_text) < RESULT_BYTES // 2
+    names = [file["path"] for file in result.value["files"]]
+    assert {"0", "1", "2"} <= set(names)
+    assert len(names) + result.value["files_skipped"] == 53
+    assert len(as_text(result.value)) < 200_000
+
+
+def test_forms_of_displayed_values_are_few_and_shortly_named(sandbox: Sandbox) -> None:
+    result = sandbox.run("1")
+    kinds = {"x/" + "\x01" * 100_000: "aaaa", **{f"x/{n}" + "\x01" * 150: "aaaa" for n in range(100)}}
+    shown = type(result.results[0])(mime={"text/plain": "\U0001f600" * 100_000, **kinds})
+    displayed = result.model_copy(update={"results": [shown] * 100})
+
+    value = value_of(displayed, tool_calls=0, advice="", review=None)
+
+    assert len(json.dumps(value)) < RESULT_BYTES
+    assert [len(one["mime"]) for one in value["results"]] == [8] * 8
+
+
+def test_missing_files_name_the_others_by_their_beginnings(dispatcher: Dispatcher) -> None:
+    files = [{"path": "d/" + "\x01" * 200 + str(n), "content": ""} for n in range(60)]
+    value = run(dispatcher, "open('nothing.csv')", files=files)
+
+    assert value["next"].startswith("'nothing.csv' is not there. The files in /workspace were: d/")
+    assert len(value["next"]) < 6000
+
+
 @pytest.mark.parametrize("length", [0, 9, 10, 11, 1000])
 def test_what_is_cut_says_how_much(length: int) -> None:
     text = clipped("x" * length, 10)
@@ -347,7 +400,7 @@ NEXT = [
     ("l = []\nwhile True: l.append(open('/dev/null'))", "error", "It may have 256 files open at once."),
     ("open('/usr/x', 'w')", "error", "Write only below /workspace or /tmp."),
     ("1 / 0", "error", "Mend the error at line 1 and send the whole program again"),
-    ("pass", "ok", "The program showed nothing: print() what you want to see."),
+    ("pass", "ok", "The program showed nothing: print() what you want to see"),
     ("print(1)", "ok", ""),
 ]
 
@@ -376,6 +429,17 @@ def test_next_names_what_is_installed_when_a_module_is_missing(dispatcher: Dispa
     assert "Installed are, beside the standard library: " in value["next"]
     # Asked for once: the second answer has it at hand.
     assert "psutil" in run(dispatcher, "import nothing_of_the_kind")["next"]
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        ("import asyncio\nawait asyncio.sleep(0)", "asyncio.run(main())"),
+        ("x = 1", "save figures as files"),
+    ],
+)
+def test_next_knows_common_slips(dispatcher: Dispatcher, code: str, text: str) -> None:
+    assert text in dispatcher.call("run_code", {"code": code}).value["next"]
 
 
 def test_next_says_so_when_no_tool_is_granted(sandbox: Sandbox) -> None:
@@ -433,6 +497,45 @@ def test_code_calls_tools_and_the_calls_are_counted(dispatcher: Dispatcher) -> N
 
     assert value["results"] == [{"mime": {"text/plain": "20"}}]
     assert value["tool_calls"] == 5
+
+
+ASKING = """
+from concurrent.futures import ThreadPoolExecutor
+def ask(number):
+    try:
+        return str(tools.pay(number=number))
+    except tools.ToolError as error:
+        return error.code
+with ThreadPoolExecutor(16) as pool:
+    print(*pool.map(ask, range(24)))
+"""
+
+
+@pytest.mark.parametrize(("allowed", "asked"), [(24, 24), (5, 8)])
+def test_threads_of_a_program_ask_one_by_one_and_not_for_ever(sandbox: Sandbox, allowed: int, asked: int) -> None:
+    questions: list[int] = []
+    asking = threading.Lock()
+
+    @tool(approval=True)
+    def pay(number: int) -> int:
+        """Costs money."""
+        return 1
+
+    def approve(_name: str, arguments: dict[str, Any], *_: Any) -> bool:
+        assert asking.acquire(blocking=False), "two questions at once"
+        try:
+            questions.append(arguments["number"])
+            return len(questions) <= allowed
+        finally:
+            asking.release()
+
+    with Dispatcher([pay], sandbox=sandbox, approve=approve) as made:
+        value = run(made, ASKING)
+
+    assert value["status"] == "ok"
+    answers = value["stdout"].split()
+    assert (answers.count("1"), answers.count("approval_denied")) == (allowed, 24 - allowed)
+    assert len(questions) == len(set(questions)) == asked
 
 
 def test_a_tool_called_by_code_sees_the_contextvars_of_the_caller(sandbox: Sandbox) -> None:
@@ -540,6 +643,8 @@ class Failing:
 
     def run(self, *_: Any, **__: Any) -> Any:
         raise self.error
+
+    _run_with_tools = run
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import datetime
 import enum
 import json
 import time
+import tracemalloc
 import uuid
 from collections.abc import Iterable, Iterator  # noqa: TC003 (annotations of tools are evaluated)
 from decimal import Decimal
@@ -14,12 +15,13 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jsonschema
 import pytest
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from typing_extensions import TypedDict
 
 from sandboxd.tools import Dispatcher, Tool, ToolError, ToolResult, tool
-from sandboxd.tools.checking import problems
+from sandboxd.tools.checking import Checker
 from sandboxd.tools.docstrings import split
+from sandboxd.tools.values import VALUES
 
 NEW_YEAR = datetime.date(2024, 1, 1)
 
@@ -632,7 +634,7 @@ def test_nested_choices_are_explained_in_reasonable_time() -> None:
         value = {"left": value, "weight": "x"}
     schema = TypeAdapter(dict[str, Plus | Times]).json_schema()
     begun = time.monotonic()
-    assert problems(schema, {"what": value}, schema)
+    assert Checker(schema).problems({"what": value})
     assert time.monotonic() - begun < 10
 
 
@@ -649,3 +651,151 @@ def test_schemas_are_plain_json() -> None:
     for made in (query, depth):
         assert json.loads(json.dumps(made.arguments_schema)) == made.arguments_schema
         jsonschema.Draft202012Validator.check_schema(made.arguments_schema)
+
+
+# Calls of a megabyte
+
+
+Letters = Annotated[str, Field(pattern="^[a-z]+$")]
+
+
+class Many(BaseModel):
+    a: int
+    b: int
+    c: int
+    d: int
+    e: int
+    f: int
+    g: int
+    h: int
+
+
+class Most(Many):
+    kind: Literal["most"]
+
+
+class Branch(BaseModel):
+    left: Branch | None = None
+    right: Branch | None = None
+    needed: int
+    wanted: int
+    asked: int
+    name: Letters = "x"
+
+
+class Mixed(BaseModel):
+    words: list[Letters]
+    named: dict[str, Letters]
+    unique: set[Letters]
+    pair: tuple[Letters, ...]
+
+
+def branches(leaf: Any, levels: int) -> Any:
+    made = leaf
+    for _ in range(levels):
+        made = {**leaf, "left": made, "right": made}
+    return made
+
+
+GOOD = dict.fromkeys("abcdefgh", 1)
+COUNT = 49_000
+LARGE: dict[str, tuple[Any, Any]] = {
+    "objects": (list[Many], [{}] * COUNT),
+    "choice": (list[Many | Most], [{}] * COUNT),
+    "last of a choice": (list[Many | Most], [GOOD] * 5000 + [{}]),
+    "unknown keys": (Many | Most, {f"{n:x}": 1 for n in range(COUNT)}),
+    "patterns": (list[Letters], ["1"] * COUNT),
+    "patterns by key": (dict[str, Letters], {f"{n:x}": "1" for n in range(COUNT)}),
+    "patterns of a choice": (list[Letters | Many], ["1"] * COUNT),
+    "patterns inside": (list[Mixed], [{"words": ["1"], "named": {"a": "1"}, "unique": ["1"], "pair": ["1"]}] * 5000),
+    "literals": (list[Literal["a", 2]], [3] * COUNT),
+    "dates": (list[datetime.date], ["2024-13-01"] * COUNT),
+    "bytes": (bytes, "A" * 1_000_001),
+    "tree": (Branch, branches({}, 13)),
+    "patterns of a tree": (Branch, branches({"needed": 1, "wanted": 1, "asked": 1, "name": "1"}, 12)),
+    "whole floats": (list[int], [1.0] * (COUNT - 1) + ["x"]),
+    "nulls": (list[int | str], [None] * COUNT),
+    "too many": (list[int], [[]] * 340_000),
+    "too many objects": (list[Many], [{}] * 340_000),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+def test_a_large_invalid_call_is_refused_in_little_time_and_memory(kind: str) -> None:
+    def take(what: Any) -> None: ...
+
+    annotation, value = LARGE[kind]
+    take.__annotations__["what"] = annotation
+    made = Tool(take)
+    found: list[int] = []
+
+    def counted(validate: Any) -> Any:
+        def counting(*arguments: Any, **named: Any) -> Any:
+            try:
+                return validate(*arguments, **named)
+            except ValidationError as error:
+                found.append(error.error_count())
+                raise
+
+        return counting
+
+    made._arguments._validate = counted(made._arguments._validate)
+    made._arguments._validate_all = counted(made._arguments._validate_all)
+    text = json.dumps({"what": value}, separators=(",", ":"))
+    with Dispatcher([made]) as dispatcher:
+        tracemalloc.start()
+        try:
+            begun = time.process_time()
+            result = dispatcher.call("take", text)
+            spent = time.process_time() - begun
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert said(result)
+    assert spent < 5  # 0.2 s, but for tracemalloc
+    assert peak < 100 << 20
+    assert sum(found) < 10_000  # whose memory is pydantic's own, and not traced
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value"),
+    [
+        (list[int], [1.0] * COUNT),
+        (list[Many | Most], [{**GOOD, "kind": "most"}] * 4000),
+        (dict[str, Letters], {f"{n:x}": "a" for n in range(COUNT)}),
+        (Branch, branches({"needed": 1, "wanted": 1, "asked": 1}, 12)),
+        (str, "\n" * 520_000),
+    ],
+    ids=["whole floats", "choice", "keys", "tree", "text"],
+)
+def test_a_large_valid_call_reaches_the_function(annotation: Any, value: Any) -> None:
+    reached: list[Any] = []
+
+    def take(what: Any) -> None:
+        reached.append(what)
+
+    take.__annotations__["what"] = annotation
+    assert ask(Tool(take), {"what": value}).ok
+    plain = TypeAdapter(annotation).dump_python(reached[0], exclude_unset=True)
+    assert plain == value
+
+
+def test_one_call_has_a_bounded_number_of_values() -> None:
+    @tool
+    def take(what: list[int]) -> int:
+        return len(what)
+
+    assert ask(take, {"what": [0] * (VALUES - 1)}).value == VALUES - 1
+    refused = ask(take, {"what": [0] * VALUES})
+    assert said(refused) == f"The arguments hold more than {VALUES} values. | Send fewer, or in several calls."
+
+
+def test_all_that_a_check_of_the_author_refuses_is_told_of_short_arguments() -> None:
+    @tool
+    def take(what: list[Letters], names: dict[str, Letters]) -> None: ...
+
+    text = said(ask(take, {"what": ["1", "x", "2"], "names": {"a": "3", "b": "y"}}))
+    for part in ("what.0", "what.2", "names.a"):
+        assert f"{part}: " in text
+    assert "There is more" not in text

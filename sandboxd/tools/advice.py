@@ -60,7 +60,7 @@ def advice(result: Result, around: Surroundings) -> str:
     """One or two sentences on how to go on; empty when there is nothing to say."""
     if result.status == "ok":
         shown = result.stdout or result.stderr or result.results or result.files
-        return "" if shown else "The program showed nothing: print() what you want to see."
+        return "" if shown else "The program showed nothing: print() what you want to see, and save figures as files."
     if result.status == "error":
         return _after_error(result, around)
     if result.status == "timeout":
@@ -167,6 +167,8 @@ def _after_error(result: Result, around: Surroundings) -> str:
         return _no_file(error.message, around)
     where = "" if error.line is None else f" at line {error.line}"
     if error.type in ("SyntaxError", "IndentationError", "TabError"):
+        if "'await' outside" in error.message:
+            return "await works in a coroutine only: put it into `async def main()` and call `asyncio.run(main())`."
         return f"The source is not valid Python{where}, so nothing ran. Send the whole corrected program."
     fixed = _FIXED.get(error.type)
     if fixed:
@@ -199,6 +201,9 @@ def _is_network(kind: str, message: str) -> bool:
 
 def _not_installed(name: str, around: Surroundings) -> str:
     if name == "tools":
+        if around.tools:
+            names = _listed([f"tools.{one}" for one in around.tools])
+            return f"Tools are called from the program itself, not from one that it starts; it may call {names}."
         return "No tool may be called from code here. Use the data that the conversation holds."
     shown = _quoted(name)
     if around.packages is None:
@@ -224,9 +229,13 @@ def _no_file(message: str, around: Surroundings) -> str:
 
 def _quoted(text: str) -> str:
     """A program's words, short and on one line."""
-    return repr(text if len(text) <= QUOTED_CHARACTERS else f"{text[:QUOTED_CHARACTERS]}...")
+    return repr(_short(text))
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= QUOTED_CHARACTERS else f"{text[:QUOTED_CHARACTERS]}..."
 
 
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(_short, names[:SHOWN_NAMES])) + (f" and {more} more" if more > 0 else "")

@@ -101,7 +101,7 @@ class Attempts:
         """The refusal of an attempt too many."""
         return refusal(
             "budget_exceeded",
-            f"All {self.max} attempts at running code are used up.",
+            f"No attempt at running code is left: there were {self.max}.",
             "Do not call run_code again: tell the user what was found out and what did not work.",
         )
 

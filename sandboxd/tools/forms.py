@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeGuard, cast
 
 from sandboxd.tools import view
-from sandboxd.tools.pictures import pictures_of
+from sandboxd.tools.pictures import pictures_of, short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -82,9 +82,9 @@ def picture_notes(result: Result) -> tuple[list[Picture], str]:
     """The pictures of a run, and lines for those that are not shown."""
     try:
         pictures, left_out = pictures_of(result)
-    except ValueError:  # the Result was dropped to make room for later ones
+    except (ValueError, OSError):  # the Result was dropped to make room for later ones
         return [], ""
-    return pictures, "\n".join(f"picture {view.flat(line)}" for line in left_out)
+    return pictures, "\n".join(map(view.flat, left_out))
 
 
 def replies(answers: Sequence[Answer]) -> list[dict[str, Any]]:
@@ -148,6 +148,8 @@ def _calls_of_object(message: dict[str, Any]) -> list[Call]:
         if not isinstance(message["tool_calls"], list):
             raise ValueError("tool_calls is not a list.")
         return list(_chat(message["tool_calls"]))
+    if message.get("function_call") is not None:
+        raise ValueError("function_call is OpenAI's older form. Give the model `tools`; it answers with tool_calls.")
     content = _plain(message.get("content"))
     return list(_anthropic(content)) if _is_list(content) else []
 
@@ -248,7 +250,7 @@ def _call_output(answer: Answer) -> dict[str, Any]:
 
 
 def _picture_parts(answer: Answer) -> Iterator[dict[str, Any]]:
-    names = ", ".join(view.flat(one.name) for one in answer.pictures)
+    names = ", ".join(view.flat(short(one.name)) for one in answer.pictures)
     yield {"type": "text", "text": f"Pictures that the program of call {view.flat(answer.call.id)} made: {names}"}
     for one in answer.pictures:
         yield {"type": "image_url", "image_url": {"url": f"data:{one.mime};base64,{_base64(one)}"}}

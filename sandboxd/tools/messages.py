@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import logging
 import queue
 import threading
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sandboxd.tools import forms, values, vendors
-from sandboxd.tools.outcome import Refused
+from sandboxd.tools.outcome import Refused, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ahandle", "handle"]
 
+_LOG = logging.getLogger("sandboxd.tools")
+
 AT_ONCE: Final = 16
 """Calls of one message that are under way at the same time."""
 
@@ -32,12 +35,15 @@ class Dispatching(Protocol):
     def call(self, name: str, arguments: Any, caller: Caller = "model") -> ToolResult: ...
     async def acall(self, name: str, arguments: Any, caller: Caller = "model") -> ToolResult: ...
     def _refuse(self, name: str, arguments: Any, caller: Caller, result: ToolResult) -> ToolResult: ...
+    def _usable(self, caller: str) -> None: ...
     def tool(self, name: str) -> Tool | None: ...
     def result(self, run: str) -> Result: ...
 
 
 def handle(dispatcher: Dispatching, message: object, attempts: Attempts | None, pictures: bool) -> list[dict[str, Any]]:
-    """The messages that answer *message*. Raises ValueError as ``forms.calls_of`` does."""
+    """The messages that answer *message*. Raises ValueError as ``forms.calls_of`` does, and RuntimeError when the
+    dispatcher is closed; once a call has begun, nothing but what ends the program (KeyboardInterrupt, SystemExit).
+    """
     steps = _steps(dispatcher, message, attempts, pictures)
     if len(steps) == 1:
         return forms.replies([steps[0].answered(steps[0].called())])
@@ -59,17 +65,24 @@ def handle(dispatcher: Dispatching, message: object, attempts: Attempts | None, 
                 failures.append(error)
 
     # Daemon threads: a call that hangs must not delay the interpreter's end.
-    threads = [
-        threading.Thread(target=contextvars.copy_context().run, args=(work,), name="sandboxd-handle", daemon=True)
-        for _ in range(min(len(steps), AT_ONCE))
-    ]
-    for thread in threads:
-        thread.start()
+    threads: list[threading.Thread] = []
+    try:
+        while len(threads) < min(len(steps), AT_ONCE):
+            context = contextvars.copy_context()
+            thread = threading.Thread(target=context.run, args=(work,), name="sandboxd-handle", daemon=True)
+            thread.start()
+            threads.append(thread)
+    except (RuntimeError, MemoryError):  # no more threads in this process; calls have begun, so there is no way back
+        _LOG.warning("A message's calls have %d threads and that of the caller: no more can be started.", len(threads))
+        work()
+    except BaseException as interrupt:
+        failures.append(interrupt)  # no further call begins
+        raise
     try:
         for thread in threads:
             thread.join()
     except BaseException as interrupt:
-        failures.append(interrupt)  # no further call begins
+        failures.append(interrupt)
         raise
     if failures:
         raise failures[0]
@@ -97,6 +110,8 @@ async def ahandle(
 
 def _steps(dispatcher: Dispatching, message: object, attempts: Attempts | None, pictures: bool) -> Sequence[_Step]:
     calls = forms.calls_of(message)
+    if calls:
+        dispatcher._usable("model")  # misuse raises here, before any call has begun
     if not calls and attempts is not None:
         attempts.answered()
     # Attempts are counted here, in the message's order, not in the order in which threads come to them.
@@ -115,11 +130,22 @@ class _Step:
 
     def called(self) -> ToolResult:
         call = self._call
-        return self._too_many() or self._dispatcher.call(call.name, self._arguments(), call.caller)
+        try:
+            return self._too_many() or self._dispatcher.call(call.name, self._arguments(), call.caller)
+        except Exception:
+            return self._failed()
 
     async def acalled(self) -> ToolResult:
         call = self._call
-        return self._too_many() or await self._dispatcher.acall(call.name, self._arguments(), call.caller)
+        try:
+            return self._too_many() or await self._dispatcher.acall(call.name, self._arguments(), call.caller)
+        except Exception:
+            return self._failed()
+
+    def _failed(self) -> ToolResult:
+        """Of a dispatcher that was closed meanwhile, most likely. Raising would lose what the other calls did."""
+        _LOG.exception("The call of %s failed in the dispatcher.", self._call.name)
+        return refusal("internal", "The call failed in the host program.", "Do not repeat it; tell the user.")
 
     def _too_many(self) -> ToolResult | None:
         if self._attempts is None or self._number is not None:
@@ -136,6 +162,7 @@ class _Step:
         if isinstance(arguments, str):
             try:
                 arguments = values.parse(arguments)
+                values.check(arguments)
             except Refused:
                 return call.arguments
         tool = self._dispatcher.tool(call.name)

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 
     from sandboxd.result import Result
 
-__all__ = ["MOST_PICTURES", "PICTURE_BYTES", "PICTURE_PIXELS", "Picture", "pictures_of"]
+__all__ = ["MOST_PICTURES", "PICTURE_BYTES", "PICTURE_PIXELS", "Picture", "pictures_of", "short"]
 
 MOST_PICTURES: Final = 4
 PICTURE_BYTES: Final = 3 << 20
 """Services take about 5 MB in base64, which is a third longer."""
 PICTURE_PIXELS: Final = 8000
 """The longest side that services take."""
+
+MOST_LEFT_OUT: Final = 10
+"""Pictures that are not shown, of which a line says so."""
+NAME_CHARACTERS: Final = 100
 
 _SUFFIXES: Final = (".png", ".jpg", ".jpeg")
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
@@ -42,24 +46,37 @@ class Picture:
 
 
 def pictures_of(result: Result) -> tuple[list[Picture], list[str]]:
-    """The pictures among the files and displayed values of *result*, at most four, and a line for each one left out.
+    """The pictures among the files and displayed values of *result*, at most four, and lines about those left out.
 
     Raises ValueError when the Result was closed.
     """
     pictures: list[Picture] = []
     left_out: list[str] = []
+    untold = 0
     for name, size, read in _candidates(result):
         if len(pictures) == MOST_PICTURES:
-            left_out.append(f"{name}: not shown, only {MOST_PICTURES} pictures are")
+            why = f"only {MOST_PICTURES} pictures are"
         elif size > PICTURE_BYTES:
-            left_out.append(f"{name}: not shown, {size:,} bytes are more than {PICTURE_BYTES:,}")
+            why = f"{size:,} bytes are more than {PICTURE_BYTES:,}"
         else:
             try:
                 data = read()
                 pictures.append(Picture(name, _checked(data), data))
-            except _Unfit as why:
-                left_out.append(f"{name}: not shown, {why}")
+                continue
+            except _Unfit as unfit:
+                why = str(unfit)
+        if len(left_out) < MOST_LEFT_OUT:
+            left_out.append(f"picture {short(name)}: not shown, {why}")
+        else:
+            untold += 1
+    if untold:
+        left_out.append(f"and {untold} more pictures: not shown")
     return pictures, left_out
+
+
+def short(name: str) -> str:
+    """*name*, which a program chose, cut to a length that can be read."""
+    return name if len(name) <= NAME_CHARACTERS else f"{name[: NAME_CHARACTERS - 3]}..."
 
 
 class _Unfit(Exception):

@@ -86,6 +86,19 @@ class Budget:
                 raise ValueError(f"The budget for {what} must be a count of calls, not {count!r}.")
 
 
+class RunState:
+    """What a dispatcher keeps of one run of code: its *calls* so far; approvals that were *refused* to it, and the lock
+    *asking*, which whoever asks for one holds and which guards that count.
+    """
+
+    __slots__ = ("asking", "calls", "refused")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.refused = 0
+        self.asking = threading.Lock()
+
+
 class Spending:
     """What is left of a budget. *used* counts all calls that got as far as this."""
 
@@ -107,7 +120,7 @@ class Spending:
     def take(self, tool: str, run: Toolbox | None) -> None:
         """Count one call of *tool*. Raises Refused (budget_exceeded).
 
-        *run* is the Toolbox of the run whose code calls; its own count is kept there, as ``state``.
+        *run* is the Toolbox of the run whose code calls; its RunState is kept there, as ``state``.
         """
         with self._lock:
             if self._budget.calls is not None and self.used >= self._budget.calls:
@@ -124,14 +137,16 @@ class Spending:
                     "Go on without this tool.",
                 )
             if run is not None:
-                made: int = run.state or 0
-                if made >= self._budget.calls_per_run:
+                if run.state is None:
+                    run.state = RunState()
+                state: RunState = run.state
+                if state.calls >= self._budget.calls_per_run:
                     raise Refused(
                         "budget_exceeded",
                         f"This run has used all of its {self._budget.calls_per_run} tool calls.",
                         "Fetch more with each call, or split the work over several runs.",
                     )
-                run.state = made + 1
+                state.calls += 1
             if left is not None:
                 self._per_tool[tool] = left - 1
             self.used += 1

@@ -25,8 +25,9 @@ from pydantic.json_schema import GenerateJsonSchema
 from pydantic_core import PydanticSerializationError
 from typing_extensions import TypedDict
 
-from sandboxd.tools import checking, values
-from sandboxd.tools.checking import Problem, Schema, everywhere
+from sandboxd.tools import failfast, fitting, values
+from sandboxd.tools.checking import Checker, Problem
+from sandboxd.tools.fitting import everywhere
 from sandboxd.tools.outcome import Refused, ToolError, shown
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
     from pydantic_core import ErrorDetails, core_schema
 
+    from sandboxd.tools.fitting import Schema
+
 _PROBLEMS = 3
+_SHORT = 4096  # of arguments' JSON: so few bytes cannot have many errors that the schema does not explain
+_ERRORS = 1000  # that are looked at
 _CONFIG = ConfigDict(extra="forbid", val_json_bytes="base64", ser_json_bytes="base64", allow_inf_nan=False)
 
 
@@ -53,7 +58,7 @@ class _Generator(GenerateJsonSchema):
         return {"type": "string", "contentEncoding": "base64"}  # lengths are the bytes', not the text's
 
     def decimal_schema(self, schema: core_schema.DecimalSchema) -> Schema:
-        text: Schema = {"type": "string", "pattern": checking.DECIMAL}
+        text: Schema = {"type": "string", "pattern": fitting.DECIMAL}
         if self.mode == "serialization":
             return {"type": "string"}
         number = cast("list[Schema]", super().decimal_schema(schema)["anyOf"])[0]
@@ -140,7 +145,7 @@ class Arguments:
             if known:
                 properties[name]["default"] = plain
         # A model class may allow any key; then the others ignore what they do not know, as pydantic has it.
-        inner = [part for child in checking.children(made) for part in everywhere(child) if "properties" in part]
+        inner = [part for child in fitting.children(made) for part in everywhere(child) if "properties" in part]
         self._extra: Any = None if any(part.get("additionalProperties", False) for part in inner) else "forbid"
         if self._extra == "forbid":
             for part in inner:
@@ -152,21 +157,27 @@ class Arguments:
             "additionalProperties": False,
             **({"$defs": made["$defs"]} if "$defs" in made else {}),
         }
-        if checking.is_ambiguous(self.schema):
+        if fitting.is_ambiguous(self.schema):
             raise TypeError(
                 f"The arguments of {tool} have a type that chooses between several models and contains itself; give it "
                 "a discriminator, pydantic's Field(discriminator=...)."
             )
-        self._exact = checking.needs_exact(self.schema)
-        self._validate = adapter.validator.validate_json
+        # Checked against the schema first: what pydantic would read further than it says, and where the errors that it
+        # collects could become too many.
+        self._checker = Checker(self.schema)
+        self._first = fitting.needs_exact(self.schema) or fitting.has_many_errors(self.schema)
+        if not failfast.COVERS_OBJECTS:
+            self._first |= any(isinstance(part.get("additionalProperties"), dict) for part in everywhere(self.schema))
+        self._validate = failfast.validator(adapter.core_schema).validate_json
+        self._validate_all = adapter.validator.validate_json
 
     def read(self, text: str, plain: object) -> dict[str, Any]:
         """The arguments that *text*, the JSON of *plain*, stands for. Raises Refused (invalid_arguments).
 
         What a validator of the tool's author raises besides ValueError comes through.
         """
-        if self._exact:
-            found = checking.problems(self.schema, plain, self.schema)
+        if self._first:
+            found = self._checker.problems(plain)
             if found:
                 raise self._refusal(found)
         try:
@@ -175,10 +186,22 @@ class Arguments:
             first = error
         except ToolError as error:
             raise Refused("invalid_arguments", error.message, error.hint) from None
-        whole = values.whole_floats_as_integers(plain)
-        with contextlib.suppress(ValidationError, Refused):
-            return cast("dict[str, Any]", self._validate(values.arguments_json(whole), strict=True, extra=self._extra))
-        raise self._refusal(checking.problems(self.schema, plain, self.schema) or _own(first, plain))
+        if values.has_whole_floats(plain):
+            whole = values.arguments_json(values.whole_floats_as_integers(plain))
+            with contextlib.suppress(ValidationError, Refused):
+                return cast("dict[str, Any]", self._validate(whole, strict=True, extra=self._extra))
+        found = [] if self._first else self._checker.problems(plain)
+        raise self._refusal(found or _own(self._all(text, first), plain))
+
+    def _all(self, text: str, first: ValidationError) -> ValidationError:
+        """All errors of the arguments, of which *first* has at least one; of long ones, *first*."""
+        if len(text) <= _SHORT:
+            with contextlib.suppress(Exception):  # of an author's check that was content, or raised something else
+                try:
+                    self._validate_all(text, strict=True, extra=self._extra)
+                except ValidationError as error:
+                    return error
+        return first
 
     def _refusal(self, found: Sequence[Problem]) -> Refused:
         count = min(len(found), _PROBLEMS)
@@ -233,6 +256,8 @@ _WORDS = {
 def _own(error: ValidationError, plain: object) -> list[Problem]:
     """What pydantic found where the schema has no objection: the author's own checks, and finer points of types."""
     found: dict[str, Problem] = {}
+    if error.error_count() > _ERRORS:  # each would become a dict with copies of what was given
+        return [Problem("Many of the values given are refused by checks of this tool.")]
     for detail in error.errors(include_url=False):
         path, given = _place(detail["loc"], plain)
         if path not in found:

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 ARGUMENTS_BYTES = 1 << 20  # of JSON
+VALUES = 50_000  # in the arguments of one call: each costs far more than its bytes
 DEPTH = 32  # of lists and objects in each other, arguments and results alike
+_FLAT = frozenset((str, bool, type(None)))  # nothing about them needs to be checked
 _INT_BITS = 1024  # as many as the largest float has when it is read as an integer
 
 _COMPACT = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
@@ -89,7 +91,7 @@ def arguments_json(arguments: object) -> str:
     if not isinstance(arguments, dict):
         _bad(f"The arguments must be a JSON object, and {shown(arguments)} was given.")
     try:
-        _check(cast("dict[object, object]", arguments), DEPTH)
+        _check(cast("dict[object, object]", arguments), DEPTH, VALUES)
         text = _COMPACT(arguments)
     except (TypeError, ValueError, RecursionError, RuntimeError) as error:  # of odd subclasses, or changed meanwhile
         _bad(f"The arguments are not JSON values ({type(error).__name__}).")
@@ -108,31 +110,55 @@ def _surrogate(value: object) -> bool:
     return False
 
 
-def _check(value: object, depth: int) -> None:
-    """Refuse what is no JSON value, or nested deeper than *depth*."""
-    kind = type(value)
-    if kind is str or kind is bool or value is None:
-        return
-    if isinstance(value, int):
+def check(value: object) -> None:
+    """Refuse what is no JSON value, or nested too deeply, or of too many values. Raises Refused (invalid_arguments)."""
+    _check(value, DEPTH, VALUES)
+
+
+def _check(value: object, depth: int, left: int) -> int:
+    """Refuse what is no JSON value, nested deeper than *depth*, or of more than *left* values; what is left of them."""
+    if isinstance(value, dict):
+        if depth == 0:
+            _bad(f"The arguments are nested deeper than {DEPTH} levels.", "Send a flatter value.")
+        items = cast("dict[object, object]", value)
+        left = _fewer(left, len(items))
+        for key, item in items.items():
+            if not isinstance(key, str):
+                _bad(f"The keys of a JSON object are strings, and {shown(key)} is not.")
+            if type(item) not in _FLAT:
+                left = _check(item, depth - 1, left)
+    elif isinstance(value, (list, tuple)):
+        if depth == 0:
+            _bad(f"The arguments are nested deeper than {DEPTH} levels.", "Send a flatter value.")
+        sequence = cast("list[object]", value)
+        left = _fewer(left, len(sequence))
+        for item in sequence:
+            if type(item) not in _FLAT:
+                left = _check(item, depth - 1, left)
+    elif isinstance(value, int):
         if value.bit_length() > _INT_BITS:
             _bad("An integer in the arguments is too large.")
     elif isinstance(value, float):
         if not math.isfinite(value):
             _bad("NaN and infinities are no JSON values.", "Use null, or leave the argument out.")
-    elif isinstance(value, dict):
-        if depth == 0:
-            _bad(f"The arguments are nested deeper than {DEPTH} levels.", "Send a flatter value.")
-        for key, item in cast("dict[object, object]", value).items():
-            if not isinstance(key, str):
-                _bad(f"The keys of a JSON object are strings, and {shown(key)} is not.")
-            _check(item, depth - 1)
-    elif isinstance(value, (list, tuple)):
-        if depth == 0:
-            _bad(f"The arguments are nested deeper than {DEPTH} levels.", "Send a flatter value.")
-        for item in cast("Iterable[object]", value):
-            _check(item, depth - 1)
-    elif not isinstance(value, str):
+    elif not isinstance(value, str) and value is not None:
         _bad(f"A value of type {type(value).__name__} is no JSON value.")
+    return left
+
+
+def _fewer(left: int, count: int) -> int:
+    if count > left:
+        _bad(f"The arguments hold more than {VALUES} values.", "Send fewer, or in several calls.")
+    return left - count
+
+
+def has_whole_floats(value: object) -> bool:
+    """Whether ``whole_floats_as_integers`` would change anything."""
+    if isinstance(value, float):
+        return value.is_integer()
+    if isinstance(value, dict):
+        return any(map(has_whole_floats, cast("dict[str, object]", value).values()))
+    return isinstance(value, list | tuple) and any(map(has_whole_floats, cast("Iterable[object]", value)))
 
 
 def whole_floats_as_integers(value: Any) -> Any:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, cast
 
-from sandboxd.tools import checking
-from sandboxd.tools.checking import Schema, everywhere
+from sandboxd.tools.fitting import Fitting, children, everywhere, resolve
 from sandboxd.tools.outcome import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from sandboxd.tools.fitting import Schema
     from sandboxd.tools.tool import Tool
 
 # What Anthropic's interface calls code of its own container that calls tools.
@@ -87,13 +87,13 @@ def mcp_result(tool: Tool, value: Any) -> dict[str, Any] | None:
 
 
 def _is_object(schema: Schema) -> bool:
-    return checking.resolve(schema, schema).get("type") == "object"
+    return resolve(schema, schema).get("type") == "object"
 
 
 def _output(schema: Schema) -> Schema:
     definitions = {"$defs": schema["$defs"]} if "$defs" in schema else {}
     if _is_object(schema):
-        return {**checking.resolve(schema, schema), **definitions}
+        return {**resolve(schema, schema), **definitions}
     inner = {key: value for key, value in schema.items() if key != "$defs"}
     return {"type": "object", "properties": {"result": inner}, "required": ["result"], **definitions}
 
@@ -125,12 +125,13 @@ def from_openai(tool: Tool, arguments: dict[str, Any]) -> dict[str, Any]:
     schema = tool.arguments_schema
     if not _is_strict(schema):
         return arguments
-    return cast("dict[str, Any]", _left_out(schema, arguments, schema, 32))
+    return cast("dict[str, Any]", _left_out(schema, arguments, Fitting(schema), 32))
 
 
-def _left_out(schema: Schema, value: Any, root: Schema, depth: int) -> Any:
+def _left_out(schema: Schema, value: Any, fitting: Fitting, depth: int) -> Any:
     """*value* without nulls of optional keys that are not nullable by themselves."""
-    schema = checking.resolve(schema, root)
+    root = fitting.root
+    schema = resolve(schema, root)
     if depth == 0:
         return value
     if isinstance(value, dict):
@@ -139,27 +140,27 @@ def _left_out(schema: Schema, value: Any, root: Schema, depth: int) -> Any:
         required = properties.get("required", ())
         known: dict[str, Schema] = properties.get("properties", {})
         return {
-            key: _left_out(known.get(key, {}), item, root, depth - 1)
+            key: _left_out(known.get(key, {}), item, fitting, depth - 1)
             for key, item in given.items()
-            if not (item is None and key in known and key not in required and not _nullable(known[key], root))
+            if not (item is None and key in known and key not in required and not fitting.fits(known[key], None, {}))
         }
     if isinstance(value, list):
         items = schema.get("items")
         for part in schema.get("anyOf", ()):
-            items = items or checking.resolve(part, root).get("items")
-        return [_left_out(items or {}, item, root, depth - 1) for item in cast("Iterable[Any]", value)]
+            items = items or resolve(part, root).get("items")
+        return [_left_out(items or {}, item, fitting, depth - 1) for item in cast("Iterable[Any]", value)]
     return value
 
 
 def _object_of(schema: Schema, value: dict[str, Any], root: Schema) -> Schema:
     """The object schema that *value* was written for: of several, the first that knows all of its keys."""
     parts: list[Schema] = [schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    candidates = [checking.resolve(part, root) for part in parts]
+    candidates = [resolve(part, root) for part in parts]
     return next((one for one in candidates if "properties" in one and value.keys() <= one["properties"].keys()), {})
 
 
 def _nullable(schema: Schema, root: Schema) -> bool:
-    return not checking.problems(schema, None, root)
+    return Fitting(root).fits(schema, None, {})
 
 
 def _is_strict(schema: Schema) -> bool:
@@ -183,7 +184,7 @@ def _is_strict(schema: Schema) -> bool:
 
 def _depth(schema: Schema) -> int:
     """Levels of objects as they are written, each definition by itself: a recursive one has no other depth."""
-    below = max((_depth(child) for child in checking.children(schema)), default=0)
+    below = max((_depth(child) for child in children(schema)), default=0)
     return below + (schema.get("type") == "object")
 
 

@@ -6,6 +6,7 @@ so that no output can pass for a line of ours: a status, a file, advice.
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.limits import LIMITS, spell
@@ -13,9 +14,9 @@ from sandboxd.tools.kept import file_reference, value_reference
 from sandboxd.tools.outcome import readable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from sandboxd.result import ProgramError, Result, RichResult
+    from sandboxd.result import OutputFile, ProgramError, Result, RichResult
 
 __all__ = ["STREAM_CHARACTERS", "as_text", "clipped", "flat", "value_of"]
 
@@ -25,7 +26,13 @@ MESSAGE_CHARACTERS: Final = 1000
 TRACEBACK_CHARACTERS: Final = 3000
 RESULT_CHARACTERS: Final = 4000
 MOST_RESULTS: Final = 8
+RESULT_KINDS: Final = 8
+"""Forms of one displayed value."""
+NAME_CHARACTERS: Final = 200
+"""Of an exception's type, and of a form of a displayed value."""
 MOST_FILES: Final = 50
+FILES_BYTES: Final = 32 << 10
+"""Of JSON, of the names of all files: a path of 4 KiB can be 24 KiB there."""
 KEPT_RESULTS: Final = "tool_results/"
 """Where a cell keeps large results of tools (sandboxd/inside/toolcalls.py)."""
 
@@ -44,6 +51,7 @@ def value_of(result: Result, *, tool_calls: int, advice: str, review: str | None
     """
     # Copies of tools' results that the cell keeps: the program did not make them, and a model has no use for them.
     made = [file for file in result.files if not file.path.startswith(KEPT_RESULTS)]
+    files = _files(result.id, made)
     return {
         "id": result.id,
         "status": result.status,
@@ -55,11 +63,8 @@ def value_of(result: Result, *, tool_calls: int, advice: str, review: str | None
         "stderr_dropped_bytes": result.stderr_dropped_bytes,
         "error": None if result.error is None else _error(result.error),
         "results": [_shown(result.id, number, one) for number, one in enumerate(result.results[:MOST_RESULTS])],
-        "files": [
-            {"path": file.path, "size_bytes": file.size_bytes, "id": file_reference(result.id, file.path)}
-            for file in made[:MOST_FILES]
-        ],
-        "files_skipped": result.files_skipped + max(0, len(made) - MOST_FILES),
+        "files": files,
+        "files_skipped": result.files_skipped + len(made) - len(files),
         "limits_hit": [hit.model_dump() for hit in result.limits_hit],
         "usage": _rounded(result.usage.model_dump()),
         "timings": _rounded(result.timings.model_dump()),
@@ -76,16 +81,31 @@ def as_text(value: Mapping[str, Any]) -> str:
 
 def _error(error: ProgramError) -> dict[str, Any]:
     return {
-        "type": error.type,
+        "type": error.type[:NAME_CHARACTERS],
         "message": clipped(error.message, MESSAGE_CHARACTERS),
         "line": error.line,
         "traceback": clipped(error.traceback, TRACEBACK_CHARACTERS),
     }
 
 
+def _files(run: str, made: Sequence[OutputFile]) -> list[dict[str, Any]]:
+    """The files of which a model is told: as many as there is room for."""
+    told: list[dict[str, Any]] = []
+    left = FILES_BYTES
+    for file in made:
+        one = {"path": file.path, "size_bytes": file.size_bytes, "id": file_reference(run, file.path)}
+        size = 2 * len(json.dumps(file.path))  # it stands in the reference as well
+        if size <= left and len(told) < MOST_FILES:
+            left -= size
+            told.append(one)
+    return told
+
+
 def _shown(run: str, number: int, one: RichResult) -> dict[str, Any]:
     mime: dict[str, Any] = {}
-    for kind, text in one.mime.items():
+    kinds = [kind for kind in one.mime if len(kind) <= NAME_CHARACTERS]
+    for kind in kinds[:RESULT_KINDS]:
+        text = one.mime[kind]
         if kind == "text/plain":
             mime[kind] = clipped(text, RESULT_CHARACTERS)
         else:
@@ -118,7 +138,7 @@ def _lines(value: Mapping[str, Any]) -> Iterator[str]:
         for file in value["files"]:
             yield f"- {flat(file['path'])}, {file['size_bytes']:,} bytes, {flat(file['id'])}"
     if value["files_skipped"]:
-        yield f"files not listed: {value['files_skipped']} (too many, too large, or no regular files)"
+        yield f"files not listed: {value['files_skipped']} (too many, too large, too long a name, or no regular files)"
     if value["limits_hit"]:
         yield f"limits reached: {', '.join(map(_limit, value['limits_hit']))}"
     if value["review"] is not None:
