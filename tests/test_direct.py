@@ -300,14 +300,10 @@ def test_a_sandboxs_own_limits_hold_directly(limits: dict[str, Any], code: str, 
 def test_a_forged_end_does_not_let_a_program_go_on(warm: Sandbox) -> None:
     lie = '{"exit_code": 0, "error": null, "results": []}'
     ready(warm)
-    before = {one.pid for one in named(engine_of(warm), "cell")}
     for more in ("while True: pass", "while True: os.write(1, b'x' * 65536)", "os.fork()\nwhile True: pass"):
         result = warm.run(f"import os\nos.write(3, b'''{lie}''')\n{more}")
         assert result.status == "ok"
-    leftovers.eventually(
-        lambda: not before & {one.pid for one in named(engine_of(warm), "cell")}, WAIT_SECONDS, "the cells were ended"
-    )
-    settled(engine_of(warm))
+    settled(engine_of(warm))  # as many as there are to be, and none of them runs
 
 
 # Turns
