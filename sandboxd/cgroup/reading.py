@@ -27,8 +27,8 @@ class Counters:
 
     *memory_peak_bytes* includes page cache, tmpfs and kernel memory. *oom_kills* counts tasks of this leaf killed by
     any OOM, also the host's: it was the leaf's own limit only if *memory_limit_hits* is not 0 too. *memory_limit_hits*
-    counts how often usage met the limit, also when reclaim then made room. *pids_peak* is None where the kernel cannot
-    tell it for this run alone.
+    counts how often usage met the limit; on v1 also when reclaim then made room. *pids_peak* is None where the kernel
+    cannot tell it for this run alone.
     """
 
     cpu_usec: int

@@ -92,7 +92,8 @@ class Memory:
         self._usage = numbers.add(fds.file(group, "memory.current"), "", "current")
         events = fds.own(group.open("memory.events"))
         self.kills = numbers.add(events, "oom_kill", "kills")
-        numbers.add(events, "max", "hits")
+        # Not "max", which also counts where reclaim made room: an OOM of the engine would pass for the leaf's own.
+        numbers.add(events, "oom", "hits")
         self.peak_resettable = False
         try:
             self._peak_fd = fds.own(group.open("memory.peak", os.O_RDWR))
