@@ -16,7 +16,7 @@ class Closing:
     __slots__ = ()
 
     def close(self) -> object:
-        """End it."""
+        """End it. Each class has its own: one without would be left open by its ``with``."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

@@ -34,8 +34,6 @@ ANSWER_BYTES: Final = (8 << 20) + (64 << 10)
 """The longest body of an answer: 8 MiB of result, and what is around it."""
 OUTSTANDING: Final = 64
 """Calls of one run at a time."""
-CALLS: Final = 1_000
-"""Calls of one run, unless the host says otherwise."""
 CALLS_MOST: Final = 1_000_000
 BEGINNING: Final = re.compile(rb'\{"tool": "([A-Za-z][A-Za-z0-9_]{0,63})", "arguments": ')
 """How the body of a call begins, to the letter: so that its tool is known, for the record, without reading the rest."""

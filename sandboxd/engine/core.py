@@ -425,12 +425,6 @@ class Engine:
                 return
         self._running -= 1
 
-    def audit_tool(self, identity: str, record: dict[str, Any]) -> None:
-        """The program of run *identity* called a tool: *record* holds tool, caller, arguments, result, and is the audit
-        record's from now on. Nothing happens without an audit record.
-        """
-        self.trail.tool(identity, record)
-
     def list_runs(self, visible: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Facts of the live runs whose owner *visible* accepts."""
         return [

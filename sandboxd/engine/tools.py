@@ -99,11 +99,6 @@ class ToolLink:
         self._to_host: list[bytes] = []
         self._reading = self._resting = self._dead = self._closed = False
 
-    @property
-    def made(self) -> int:
-        """How many calls were passed on."""
-        return self._total - self._left
-
     def take_theirs(self) -> int:
         """The host's end as a descriptor, now the caller's."""
         theirs, self.theirs = self.theirs, None
