@@ -27,7 +27,7 @@ __all__ = ["GID", "NAME", "SUBORDINATE", "UID", "run"]
 NAME: Final = "sandboxd-test"
 UID: Final = 64001
 GID: Final = 64001
-SUBORDINATE: Final = (2_000_000, 65_536)
+SUBORDINATE: Final = (2_000_000, 1 << 20)
 TREE: Final = Path(__file__).resolve().parent.parent
 _ETC: Final = ("passwd", "group", "subuid", "subgid")
 

@@ -114,7 +114,7 @@ class Pool:
 
     def take(self, limits: dict[str, LimitValue]) -> Cell | None:
         """A parked cell that serves *limits*; None when there is none."""
-        if not self._parked or not same_shape(limits, self._prepared.limits):
+        if not self._parked or not same_shape(limits, self._prepared.limits, self._engine.bare):
             return None
         cell = self._parked.pop()
         self._taken()
@@ -123,7 +123,7 @@ class Pool:
     async def lease(self, limits: dict[str, LimitValue]) -> Cell:
         """A cell for a run that has to wait for it. Raises Unavailable, ZygoteLost."""
         future: asyncio.Future[Cell] = self._loop.create_future()
-        if same_shape(limits, self._prepared.limits):
+        if same_shape(limits, self._prepared.limits, self._engine.bare):
             if self._open:
                 self._taken(waits=True)
             self._waiting.append(future)
