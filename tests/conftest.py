@@ -32,6 +32,14 @@ def sandbox() -> Iterator[Sandbox]:
         yield made
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only(condition): without meaning, and so not collected, unless that holds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if all(mark.args[0] for mark in item.iter_markers("only"))]
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
