@@ -30,20 +30,29 @@ class Machine:
 
 
 REFUSED = ("tests/test_attacks.py", "-k", "test_attack_is_refused and not strict or neighbour or bait or size")
+CORE = (
+    *("tests/test_walls.py", "tests/test_limits_hold.py", "tests/test_workspace.py", "tests/test_results.py"),
+    *("tests/test_tool_calls.py", "-k", "not thousand and not flood"),
+)
 
 MACHINES = (
     Machine(
         "root",
         (
             Leg(
-                "core", "root", ("tests/test_cgroup.py", "tests/test_cgroup_discovery.py", "tests/test_limits_hold.py")
+                "cgroups", "root", ("tests/test_cgroup.py", "tests/test_cgroup_discovery.py", "tests/test_cgroup_v2.py")
             ),
-            Leg("attacks", "root", REFUSED),
+            Leg("core", "root", CORE),
+            Leg("sweep", "root", ("tests/test_syscall_sweep.py",)),
         ),
     ),
     Machine(
         "user",
-        (Leg("rootless", "rootless", REFUSED), Leg("one-id", "rootless-one-id", REFUSED)),
+        (
+            Leg("rootless", "rootless", REFUSED),
+            Leg("one-id", "rootless-one-id", REFUSED),
+            Leg("attacks", "root", ("tests/test_attacks.py",)),
+        ),
     ),
     Machine(
         "older",
