@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd.cgroup import Bounds, Hierarchy, Instance, Layout, Leaf, LeafLimits, discover, sweep, v2
+from sandboxd.cgroup import Bounds, Counters, Hierarchy, Instance, Layout, Leaf, LeafLimits, discover, sweep, v2
 from sandboxd.cgroup import files as cgroup_files
 from sandboxd.cgroup.files import Fds, Group
 from sandboxd.cgroup.home import v2_roots
+from sandboxd.cgroup.instance import _without
 from sandboxd.cgroup.leaf import cpu_quota
 from sandboxd.cgroup.numbers import Numbers
 from sandboxd.cgroup.place import remove_quietly, start_time
@@ -902,7 +903,7 @@ def test_controller_that_is_not_handed_down_is_unavailable(delegated: Layout) ->
 
 LAST_ENGINE = """
     import dataclasses
-    from sandboxd.cgroup import Bounds, Hierarchy, Instance, discover
+    from sandboxd.cgroup import Bounds, Counters, Hierarchy, Instance, discover
     root = sys.argv[1]
     open(f"{root}/cgroup.procs", "w").write("0")
     v2 = Hierarchy(2, root, tuple(sys.argv[2:]), root)
@@ -970,6 +971,76 @@ def test_v2_bandwidth_writes_quota_period_and_burst(fake: tuple[Group, Path]) ->
     counters = Reading(tuple(numbers.rows), before, None, 1).counters(numbers.values())
     assert counters.throttled_usec == 900
     assert (counters.cpu_usec, counters.cpu_user_usec, counters.cpu_system_usec) == (70, 50, 20)
+    fds.close()
+
+
+class Deaf:
+    """A notifier for files that no kernel changes."""
+
+    fd = -1
+
+    def __init__(self, _watched: int, _fds: Fds) -> None:
+        return
+
+
+def counted(group: Group, monkeypatch: pytest.MonkeyPatch) -> tuple[v2.Memory, Counters]:
+    """What the memory files of *group* say of a run that began at zero."""
+    monkeypatch.setattr(v2, "Notifier", Deaf)
+    fds, numbers = Fds(), Numbers()
+    memory = v2.Memory(group, fds, numbers)
+    numbers.refresh()
+    counters = Reading(tuple(numbers.rows), (0,) * len(numbers.rows), None, 1).counters(numbers.values())
+    fds.close()
+    return memory, counters
+
+
+@pytest.mark.parametrize(
+    ("events", "hits", "kills"),
+    [
+        ("low 0\nhigh 0\nmax 7\noom 0\noom_kill 2\noom_group_kill 1\n", 0, 1),  # the engine's bound, or the host's
+        ("low 0\nhigh 0\nmax 7\noom 1\noom_kill 4\noom_group_kill 1\n", 1, 3),
+        ("low 0\nhigh 0\nmax 7\noom 1\noom_kill 1\noom_group_kill 1\n", 1, 1),  # gone before it was counted again
+        ("low 0\nhigh 0\nmax 9\noom 0\noom_kill 0\n", 0, 0),
+    ],
+)
+def test_v2_leaf_tells_its_own_oom_from_its_engines(
+    fake: tuple[Group, Path], monkeypatch: pytest.MonkeyPatch, events: str, hits: int, kills: int
+) -> None:
+    group, path = fake
+    (path / "memory.events").write_text(events)
+    refuse_writing(monkeypatch, "memory.peak")
+    _, counters = counted(group, monkeypatch)
+    assert (counters.memory_limit_hits, counters.oom_kills) == (hits, kills)
+
+
+def refuse_writing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """As a kernel whose file *name* can only be read; root could open a plain file all the same."""
+
+    def open_(group: Group, file: str, flags: int = os.O_RDONLY) -> int:
+        if file == name and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), file)
+        return real(group, file, flags)
+
+    real = Group.open
+    monkeypatch.setattr(Group, "open", open_)
+
+
+def test_v2_peak_that_cannot_be_reset_is_still_read(fake: tuple[Group, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_writing(monkeypatch, "memory.peak")  # before Linux 6.12
+    memory, counters = counted(fake[0], monkeypatch)
+    assert not memory.peak_resettable
+    assert counters.memory_peak_bytes == 8192
+
+
+def test_what_v2_is_done_without_is_told(fake: tuple[Group, Path]) -> None:
+    group, path = fake
+    assert _without(("memory", "pids", "cpu"), group) == ["pids.peak"]
+    (path / "pids.peak").touch()
+    (path / "cpu.max.burst").unlink()
+    assert _without(("memory", "pids", "cpu"), group) == ["cpu.max.burst"]
+    fds, numbers = Fds(), Numbers()
+    v2.Bandwidth(group, fds, numbers).set_quota(5_000, 10_000)
+    assert (path / "cpu.max").read_text().startswith("5000 10000")
     fds.close()
 
 

@@ -40,6 +40,10 @@ _FILES = {
 }
 
 
+# Those of v2 that are done without, which a receipt says.
+_BETTER = {"pids": ("pids.peak",), "cpu": ("cpu.max.burst",)}
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What one engine with all its cells may use; None is no bound. Memory without swap."""
@@ -55,6 +59,11 @@ class Facts(TypedDict):
     controllers: list[str]
     twin: bool
     missing: list[str]
+
+
+def _without(controllers: tuple[str, ...], below: Group) -> list[str]:
+    """Which of the files that are no must *below*, a child on v2, has not."""
+    return [file for controller in controllers for file in _BETTER.get(controller, ()) if not below.has(file)]
 
 
 def _require_files(place: Place, controllers: tuple[str, ...], below: Group) -> None:
@@ -335,6 +344,7 @@ def _make_v2_at(
     zygotes.make()
     undo.callback(zygotes.remove)
     _require_files(place, controllers, zygotes)
+    missing.extend(file for file in _without(controllers, zygotes) if file not in missing)
     return place
 
 

@@ -12,7 +12,7 @@ from sandboxd.errors import Unavailable
 if TYPE_CHECKING:
     from sandboxd.cgroup.discovery import Hierarchy
 
-__all__ = ["unavailable"]
+__all__ = ["delegate_to_users", "unavailable"]
 
 # A command that embeds an engine lives beside it, so it needs a leaf of its own; systemd 254.
 _DELEGATED = "systemd-run{user} --pipe --wait -p Delegate=yes -p DelegateSubgroup=main COMMAND"
@@ -56,12 +56,7 @@ def _fix_managed(error: OSError, hierarchy: Hierarchy, asked: str) -> str:
     """Where systemd runs, and what it delegated does not do."""
     uid = os.geteuid()
     if error.errno == errno.ENOENT and uid != 0 and not asked:
-        names = " ".join(("cpu", "cpuset", "io", "memory", "pids"))
-        return (
-            f"let users have those controllers, as root: mkdir -p {_DROP_IN} && "
-            f"printf '[Service]\\nDelegate={names}\\n' > {_DROP_IN}/delegate.conf && systemctl daemon-reload && "
-            f"systemctl restart user@{uid}.service (which ends what this user runs)"
-        )
+        return delegate_to_users(uid)
     if error.errno == errno.ENOENT and not asked:
         wanted = " ".join(f"+{name}" for name in hierarchy.controllers)
         return f"enable them from the top down: echo '{wanted}' > {hierarchy.mount_point}/cgroup.subtree_control"
@@ -69,3 +64,12 @@ def _fix_managed(error: OSError, hierarchy: Hierarchy, asked: str) -> str:
         return f"start this user's service manager: loginctl enable-linger {uid}; {_UNIT}"
     user = "" if uid == 0 else " --user"
     return f"start it in a delegated cgroup: {_DELEGATED.format(user=user)}; {_UNIT}"
+
+
+def delegate_to_users(uid: int | str = "UID") -> str:
+    """The line that lets the service managers of users have every controller that a policy may require."""
+    return (
+        f"let users have those controllers, as root: mkdir -p {_DROP_IN} && "
+        f"printf '[Service]\\nDelegate=cpu cpuset io memory pids\\n' > {_DROP_IN}/delegate.conf && "
+        f"systemctl daemon-reload && systemctl restart user@{uid}.service (which ends what this user runs)"
+    )
