@@ -112,6 +112,10 @@ class CellRun:
         """Whether nothing of it exists yet."""
         return self.cell is None
 
+    def is_of(self, prepared: Prepared) -> bool:
+        """Whether *prepared* serves it."""
+        return self._prepared is prepared
+
     def cancel(self) -> None:
         """The caller wants the end: now, whatever state the run is in."""
         self._end_by(Event.CANCELLED, "cancelled")
