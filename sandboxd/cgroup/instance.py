@@ -51,7 +51,7 @@ class Bounds:
 class Facts(TypedDict):
     """What the receipt of a run says about cgroups; *missing* names what this kernel lacks of it."""
 
-    version: Literal["v1", "v2", "hybrid"]
+    version: Literal["v1", "v2", "hybrid", "none"]
     controllers: list[str]
     twin: bool
     missing: list[str]
@@ -226,11 +226,15 @@ class Instance(Closing):
 
         The kernel asks for write permission on cgroup.procs of the target and of the common ancestor, which is this
         directory. Once a second uid comes it is made writable for all: a move inside still needs the target's own file,
-        and one from outside that of an ancestor above us. Raises OSError.
+        and one from outside that of an ancestor above us. An engine that is not root can give nothing away, and does
+        that at once. Raises OSError.
         """
         if self._v2 is None or self._clone_uid == uid:
             return
-        if self._clone_uid is None:
+        if os.geteuid() != 0:
+            self._v2.child("zygotes").open_to_all("cgroup.procs")
+            self._v2.group.open_to_all("cgroup.procs")
+        elif self._clone_uid is None:
             self._v2.group.chown("cgroup.procs", uid)
         else:
             os.chmod("cgroup.procs", 0o666, dir_fd=self._v2.fd)  # noqa: S103 - see above
