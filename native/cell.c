@@ -157,7 +157,8 @@ limit_resources(const struct cell_plan *plan)
 static int
 drop_ids(const struct cell_plan *plan)
 {
-    return sbx_become(plan->request->uid, plan->request->uid);
+    /* No cell is 0 but where that is all there is; the nursery sees to it. */
+    return sbx_become(plan->request->uid, plan->request->uid, plan->request->uid == 0);
 }
 
 /* Changing ids made the process non-dumpable, which would give its own /proc/self to root. It holds no secret and no

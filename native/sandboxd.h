@@ -89,12 +89,27 @@ struct sbx_rlimit {
     uint64_t soft, hard;
 };
 
-int sbx_become(uint32_t uid, uint32_t gid);
+int sbx_become(uint32_t uid, uint32_t gid, int one_id);
 int sbx_file_ids(uint32_t uid, uint32_t gid);
 int sbx_drop_bounding(void);
 int sbx_drop_caps(void);
 int sbx_no_new_privs(void);
 int sbx_set_rlimits(const struct sbx_rlimit *limits, unsigned int count);
+
+/* broker.c, of the nursery's program only. A request is the head and a path with its NUL, one descriptor with it: a
+ * directory of a cell. The answer is one struct, with one descriptor when something was opened. */
+enum sbx_broker_operation { SBX_BROKER_OPEN = 1, SBX_BROKER_MKDIR = 2, SBX_BROKER_RENAME = 3 };
+#define SBX_BROKER_ROOT 0xffffffffU /* owner: the namespace's root, with its rights over other ids' files */
+#define SBX_BROKER_PATH 8192
+struct sbx_broker_request {
+    uint32_t operation, owner, mode, pad;
+    uint64_t flags; /* of open(2): a few */
+};
+struct sbx_broker_answer {
+    int32_t error; /* errno, or 0 */
+};
+
+_Noreturn void sbx_broker_main(int channel);
 
 /* landlock.c */
 int sbx_landlock_abi(void);

@@ -298,7 +298,7 @@ def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
         if not path.parent.is_dir():
             path.parent.mkdir(mode=0o750, parents=True)
             os.chmod(path.parent, 0o750)  # noqa: S103 - members of the group may enter
-            os.chown(path.parent, 0, gid)
+            os.chown(path.parent, os.geteuid(), gid)
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise Unavailable(
@@ -366,10 +366,14 @@ def _gid(group: str | None) -> int:
     if group is None:
         return -1
     try:
-        return grp.getgrnam(group).gr_gid
+        gid = grp.getgrnam(group).gr_gid
+        if group == GROUP and os.geteuid() != 0 and gid not in (os.getegid(), *os.getgroups()):
+            return -1  # an ordinary user's own daemon, which nobody gave a group: its user connects
+        return gid
     except KeyError:
         if group == GROUP:
-            log.warning("there is no group %s: only root can connect; groupadd --system %s", group, group)
+            if os.geteuid() == 0:
+                log.warning("there is no group %s: only root can connect; groupadd --system %s", group, group)
             return -1
         raise PolicyError(f"there is no group {group!r} on this host.", key="group") from None
 

@@ -22,6 +22,7 @@ from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.dying import Dying
+from sandboxd.engine.plan import Bare
 from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit, LendTools
 from sandboxd.engine.share import Share
@@ -69,6 +70,7 @@ class Engine:
         self.ids: ids.IdBlock
         self.slot_ids: ids.SlotIds
         self.slots: Slots
+        self.bare: Bare | None = None
         self.live: dict[str, CellRun] = {}
         self.owners: dict[str, dict[str, Any]] = {}
         self._prepared: dict[str, Prepared] = {}
@@ -94,13 +96,6 @@ class Engine:
 
     def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
-        if os.geteuid() != 0:
-            raise Unavailable(
-                "privilege",
-                None,
-                "run it as root, or connect to a daemon: Sandbox.connect(), sandboxd run --connect unix:PATH",
-                "this version's engine makes its id maps and cgroups as root",
-            )
         native.hide_self()
         # Every cell takes some thirty descriptors here; what cells may open is their own limit.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -117,7 +112,11 @@ class Engine:
             self.trail.open()
             undo.callback(self.trail.close)
             bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks())
-            self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
+            try:
+                self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
+            except Unavailable as refusal:
+                # Whether that will do is the policy's to say: [require] cgroup (prepared.py).
+                self.instance = undo.enter_context(cgroup.NoInstance(refusal))
             self.ids = undo.enter_context(ids.claim(self.config.ids))
             # Beside those that run: parked ones, and those that are dying.
             wanted = running + max(SPARE_SLOTS, running + 2 * self.config.pool.maximum)
@@ -129,6 +128,8 @@ class Engine:
                     "give the engine a larger range of ids, or lower max_running",
                     f"{running} cells at once need as many ids; the range has {self.slot_ids.capacity}",
                 )
+            if isinstance(self.instance, cgroup.NoInstance):
+                self.bare = Bare(own_uid=self.ids.shared is None)
             self.instance.clone_owner(self.ids.base)
             self.slots = Slots(self.instance, min(wanted, self.slot_ids.capacity), self.ids.base)
             undo.callback(self.slots.close)
@@ -237,7 +238,8 @@ class Engine:
         made.pool.open()
         old.pool.close()
         try:
-            while old.zygote.alive and not old.zygote.lost:
+            # Files of a dead cell are read with the help of its zygote's broker.
+            while (old.zygote.alive or any(run.serves(old) for run in self.live.values())) and not old.zygote.lost:
                 await asyncio.sleep(0.05)
         finally:
             await old.close()
@@ -292,7 +294,10 @@ class Engine:
                 f"the first cell ended with {header['status']}: {texts[1].decode('utf-8', 'replace')[-500:]}",
             )
         guest = self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0))
-        selftest.verify(texts[0].decode("utf-8", "replace"), guest, made.zygote.landlock_abi, made.profile)
+        keeps_groups = self.ids.shared is not None
+        selftest.verify(
+            texts[0].decode("utf-8", "replace"), guest, made.zygote.landlock_abi, made.profile, keeps_groups
+        )
 
     # Runs
 
