@@ -318,16 +318,19 @@ def _cgroup(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Finding
     asked = own["cgroups"]
     detail = asked["detail"]
     if asked["errno"] != 0:
-        here = _refusal(
-            asked,
-            "run it as root, or start it in a delegated cgroup: systemd-run --user --scope -p Delegate=yes COMMAND",
-        )
+        here = _refusal(asked, "run it as root, or as a user in a delegated cgroup: docs/cgroups.md")
     elif "unavailable" in detail:
         here = Finding("missing", detail["text"], detail["unavailable"]["fix"])
     else:
         lacks = f"; lacks {', '.join(detail['missing'])}" if detail["missing"] else ""
-        here = Finding("in force", f"{detail['version']}: {', '.join(detail['controllers'])}{lacks}")
-    return _mine_only(mode, here)
+        home = f", {detail['where']}" if detail["version"] == "v2" and "where" in detail else ""
+        here = Finding("in force", f"{detail['version']}: {', '.join(detail['controllers'])}{home}{lacks}")
+    found = _mine_only(mode, here)
+    users = detail.get("users") if asked["errno"] == 0 else None
+    if mode == "root" and users and users["lacking"]:
+        text = f"the service managers of users here cannot hand on {', '.join(users['lacking'])}"
+        found.update(dict.fromkeys(("rootless", "rootless-one-id"), Finding("missing", text, users["fix"])))
+    return found
 
 
 def _mine_only(mode: Mode, here: Finding) -> dict[Mode, Finding]:

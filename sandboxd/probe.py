@@ -9,6 +9,7 @@ With ``--as UID`` the process gives up root first: what an ordinary user of this
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -18,10 +19,11 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sandboxd.ids import IdBlock
 
@@ -394,18 +396,39 @@ def switches() -> list[list[str]]:
 
 
 def cgroups() -> dict[str, Any]:
-    """The engine's own directories in every hierarchy, made and removed; what they offer, or why not."""
+    """The engine's own directories in every hierarchy, made and removed; what they offer and "where" on v2, or why not.
+
+    "users" says what the service managers of users who have one cannot hand on, and the fix.
+    """
     from sandboxd import cgroup
+    from sandboxd.cgroup.home import SCOPE
+    from sandboxd.cgroup.refusal import delegate_to_users
     from sandboxd.errors import Unavailable
 
+    layout = cgroup.discover()
+    lacking = set()
+    for names in [] if layout.v2 is None else _users_controllers(layout.v2.mount_point):
+        lacking.update(set(layout.v2.controllers if layout.v2 is not None else ()) - names)
+    users = {"lacking": sorted(lacking), "fix": delegate_to_users()}
     try:
-        with cgroup.Instance.create(cgroup.discover(), cgroup.Bounds()) as instance:
-            return dict(instance.facts())
+        with cgroup.Instance.create(layout, cgroup.Bounds()) as instance:
+            home = os.path.dirname(instance.paths()[-1])
+            # A scope is gone when whoever asked for it is.
+            where = "in a scope that systemd gives it" if SCOPE.fullmatch(os.path.basename(home)) else f"below {home}"
+            return {**instance.facts(), "users": users, "where": where}
     except Unavailable as error:
         return {
             "unavailable": error.plain(),
             "text": f"{error.stage}: {error.message}" if error.message else str(error),
+            "users": users,
         }
+
+
+def _users_controllers(mount: str) -> Iterator[set[str]]:
+    """Of the service manager of each user who has one: the controllers it may hand on."""
+    for manager in Path(mount).glob("user.slice/user-*.slice/user@*.service"):
+        with contextlib.suppress(OSError):
+            yield {*(manager / "cgroup.controllers").read_text().split()}
 
 
 def network() -> list[str]:
