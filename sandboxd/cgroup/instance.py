@@ -232,7 +232,6 @@ class Instance(Closing):
         if self._v2 is None or self._clone_uid == uid:
             return
         if os.geteuid() != 0:
-            self._v2.child("zygotes").open_to_all("cgroup.procs")
             self._v2.bounded.open_to_all("cgroup.procs")
         elif self._clone_uid is None:
             self._v2.bounded.chown("cgroup.procs", uid)
