@@ -1,4 +1,8 @@
-"""Files of the host's in a tree that every cell sees, made to be attacked: open to everybody as far as modes go."""
+"""Files of the host's in a tree that every cell sees, made to be attacked: open to everybody as far as modes go.
+
+``python -m tests.attacks.bait UID GID``, as root, makes them for a test run of that user, says where, and takes them away
+when its input ends.
+"""
 
 from __future__ import annotations
 
@@ -52,3 +56,9 @@ def bait(uid: int = 0, gid: int = 0) -> Iterator[Path]:
     finally:
         os.umask(umask)
         shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    with bait(int(sys.argv[1]), int(sys.argv[2])) as made_here:
+        print(made_here, flush=True)
+        sys.stdin.read()

@@ -50,7 +50,9 @@ MACHINES = (
         "user",
         (
             Leg("rootless", "rootless", REFUSED),
+            Leg("rootless-engine", "rootless", ("tests/rootless",)),
             Leg("one-id", "rootless-one-id", REFUSED),
+            Leg("one-id-engine", "rootless-one-id", ("tests/rootless",)),
             Leg("attacks", "root", ("tests/test_attacks.py",)),
         ),
     ),
