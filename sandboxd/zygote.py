@@ -641,7 +641,8 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance)
                 clone_fd, tasks = given.enter_context(cgroup.zygotes_entry())
             except OSError as error:
                 raise unavailable(Stage.CGROUP, error.errno or errno.EIO) from error
-            argv, keep_argv = native.c_strings(["nursery", python.executable, f"{rootfs.INSIDE_DIRECTORY}/zygote.py"])
+            name = "nursery" if ids.shared is None else "one-id"
+            argv, keep_argv = native.c_strings([name, python.executable, f"{rootfs.INSIDE_DIRECTORY}/zygote.py"])
             envp, keep_envp = native.c_strings([f"{name}={value}" for name, value in environment.items()])
             buffer = ffi.from_buffer("unsigned char[]", encoded)
             plan = ffi.new(

@@ -1,7 +1,7 @@
 """Files of the host's in a tree that every cell sees, made to be attacked: open to everybody as far as modes go.
 
-``python -m tests.attacks.bait UID GID``, as root, makes them for a test run of that user, says where, and takes them away
-when its input ends.
+``python -m tests.attacks.bait UID GID``, as root, makes them for a test run of that user, says where, and takes them
+away when its input ends.
 """
 
 from __future__ import annotations
@@ -60,5 +60,6 @@ def bait(uid: int = 0, gid: int = 0) -> Iterator[Path]:
 
 if __name__ == "__main__":
     with bait(int(sys.argv[1]), int(sys.argv[2])) as made_here:
-        print(made_here, flush=True)
+        sys.stdout.write(f"{made_here}\n")
+        sys.stdout.flush()
         sys.stdin.read()
