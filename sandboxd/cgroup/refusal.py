@@ -44,7 +44,8 @@ def _fix(error: OSError, hierarchy: Hierarchy, asked: str) -> str:
     if error.errno == errno.EBUSY and hierarchy.version == 2:
         return (
             "other processes live in its cgroup: start it alone there; in a container, before it: "
-            f"mkdir {mount}/init && for p in $(cat {mount}/cgroup.procs); do echo $p > {mount}/init/cgroup.procs; done"
+            f"mkdir {mount}/init && for p in $(cat {mount}/cgroup.procs); "
+            f"do echo $p > {mount}/init/cgroup.procs || true; done"  # cat, for one, is gone
         )
     if error.errno == errno.ENOENT and hierarchy.version == 2:
         wanted = " ".join(f"+{name}" for name in hierarchy.controllers)
