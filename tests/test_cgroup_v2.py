@@ -303,6 +303,36 @@ os.kill(os.getpid(), signal.SIGKILL)
     leftovers.eventually(lambda: not leftovers.lives(sleeper), 10, "the process ends")
 
 
+@pytest.mark.parametrize("subgroup", [(), ("-p", "DelegateSubgroup=main")], ids=["delegated", "subgroup"])
+def test_service_whose_engine_was_killed_starts_again(subgroup: tuple[str, ...], tmp_path: Path) -> None:
+    # What the first left, controllers handed on and a process in a leaf, must not be in the way of the second.
+    state = tmp_path / "state"
+    code = f"""
+import os, pathlib, signal, subprocess
+from sandboxd.cgroup import Bounds, Instance, discover, sweep
+state = pathlib.Path({str(state)!r})
+sweep(discover())
+instance = Instance.create(discover(), Bounds())
+leaf = instance.make_leaf(0)
+if not state.exists():
+    leaf.attach(subprocess.Popen(["sleep", "infinity"]).pid)
+    state.write_text("killed")
+    os.kill(os.getpid(), signal.SIGKILL)
+leaf.remove()
+instance.close()
+state.write_text(instance.paths()[-1])
+"""
+    options = ("-p", "Delegate=yes", *subgroup, "-p", "Restart=on-failure", "-p", "RestartSec=100ms")
+    unit_name = f"sandboxd-test-{os.getpid()}-{len(subgroup)}"
+    command = ["systemd-run", "--quiet", "--collect", f"--unit={unit_name}", *options, sys.executable, "-c", code]
+    subprocess.run(command, check=True)
+    try:
+        leftovers.eventually(lambda: state.exists() and "sandboxd." in state.read_text(), 60, "the second engine")
+    finally:
+        subprocess.run(["systemctl", "stop", unit_name], check=False, stderr=subprocess.DEVNULL)
+    assert f"/{unit_name}.service/sandboxd." in state.read_text()
+
+
 def test_memory_hog_is_memory_and_the_engine_lives() -> None:
     with Sandbox(limits=Limits(memory_bytes=64 * MIB)) as sandbox:
         engine = engine_of(sandbox)
