@@ -3,12 +3,16 @@
  * Theory of operation
  *   engine --exec--> nursery (pid 1 of the zygote's pid namespace, root of its user namespace)
  *     |-- zygote: the interpreter that forks cells (argv[1...])
+ *     |-- broker: opens cells' files, for an engine that is not root of the host (broker.c); else there is none
  *     `-- init, one for each cell: pid 1 of the cell's pid namespace, with the cell's mount, ipc and uts namespaces and
  *         its file systems in place; without capabilities, under an id of its own, all descriptors closed, asleep.
  *
  * Descriptors: 0 /dev/null, 1 and 2 the engine's log, 3 the engine's channel, 4 the zygote's end of its channel to the
- * engine (only until the zygote runs), 5 a pidfd of the engine. When the engine is gone (end of file on 3, or 5 readable)
- * or the zygote is, the nursery exits, and the kernel takes every process of these pid namespaces with it.
+ * engine (only until the zygote runs), 5 a pidfd of the engine, 8 the broker's end of its channel to the engine (only
+ * until the broker runs). When the engine is gone (end of file on 3, or 5 readable) or the zygote or the broker is, the
+ * nursery exits, and the kernel takes every process of these pid namespaces with it.
+ *
+ * Without arguments it is none, but holds a new user namespace until the engine has mapped its ids (spawn.c).
  *
  * A request is served in one go: init made, the engine told, the zygote asked to fork the cell. Nobody waits here for the
  * fork, which takes longer: the next init is made beside it.
@@ -18,13 +22,14 @@
  */
 #include "sandboxd.h"
 
-enum { ENGINE = 3, ZYGOTE = 4, OWNER = 5 };
+enum { ENGINE = 3, ZYGOTE = 4, OWNER = 5, BROKER = 8 };
 enum { SLOTS = 8192, ZYGOTE_PID = 30011, INIT_ID = 1 };
 
 static int netns_of[SLOTS]; /* descriptor + 1, by slot: leased to the slot's present cell, empty in between */
 static int sockstat_of[SLOTS]; /* descriptor + 1 of its /proc/net/sockstat: how many sockets are left in it */
 static int home_netns;
 static int zygote_channel = -1;
+static int one_id; /* no id but 0 is mapped: inits and cells are 0, too, without its rights */
 
 /* The inits that live, by slot; a slot has one at a time. */
 static struct {
@@ -196,7 +201,7 @@ init_main(const struct init_plan *plan)
     r = sbx_close_from(1);
     if (r < 0)
         init_fail(0, SBX_STAGE_FDS, r);
-    r = sbx_become(INIT_ID, INIT_ID);
+    r = one_id ? sbx_become(0, 0, 1) : sbx_become(INIT_ID, INIT_ID, 0);
     if (r < 0)
         init_fail(0, SBX_STAGE_IDS, r);
     r = sbx_drop_caps();
@@ -252,7 +257,7 @@ make_init(const struct sbx_make_request *q, struct sbx_report *report, int *fds)
 
     for (int i = 0; i < CELL_FDS; i++)
         fds[i] = -1;
-    if (q->slot >= SLOTS || id <= INIT_ID || inits[q->slot].pid)
+    if (q->slot >= SLOTS || (one_id ? id != 0 : id <= INIT_ID) || inits[q->slot].pid)
         goto fail;
     stage = SBX_STAGE_TMPFS;
     if ((r = plan.workspace = make_tmpfs(q->workspace_bytes, q->workspace_files, 0700, id)) < 0 ||
@@ -376,16 +381,29 @@ start_zygote(char **argv, char **envp, int channel)
     quit(127);
 }
 
-/* Reap whatever died. The zygote's death ends all; an init that could be reaped was the last of its namespace. */
+/* The engine's hands. Returns its pid. */
+static int
+start_broker(void)
+{
+    struct sbx_clone_args args = {.exit_signal = SBX_SIGCHLD};
+    long pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
+    if (pid == 0)
+        sbx_broker_main(BROKER);
+    sbx_close(BROKER);
+    return (int)pid;
+}
+
+/* Reap whatever died. The zygote's death ends all, and the broker's; an init that could be reaped was the last of its
+ * namespace. */
 static void
-reap(int signals, int zygote)
+reap(int signals, int zygote, int broker)
 {
     char info[128];
     long pid;
 
     sbx_call(SBX_NR_read, signals, info, sizeof(info));
     while ((pid = sbx_call(SBX_NR_wait4, -1, 0, SBX_WNOHANG | SBX_WALL, 0)) > 0) {
-        if (pid == zygote)
+        if (pid == zygote || pid == broker)
             quit(2);
         for (uint32_t slot = 0; slot < slots_used; slot++)
             if (inits[slot].pid == pid) {
@@ -394,6 +412,18 @@ reap(int signals, int zygote)
                 break;
             }
     }
+}
+
+/* Until the engine closes its end of 0: this namespace is mapped by then, and held by the engine's descriptor. Executed,
+ * it has no memory of the engine's, so it may be dumpable, as the owner of its /proc files has to be. */
+static _Noreturn void
+hold(void)
+{
+    char end;
+
+    while (sbx_call(SBX_NR_read, 0, &end, 1) == -SBX_EINTR)
+        continue;
+    quit(0);
 }
 
 __attribute__((used)) static _Noreturn void
@@ -406,8 +436,12 @@ nursery_main(long *stack)
         int fd;
         short events, revents;
     } polls[3] = {{.fd = ENGINE, .events = 1}, {.fd = OWNER, .events = 1}, {.fd = -1, .events = 1}};
-    int zygote, pair[2];
+    /* Asked before this process opens anything of its own. */
+    const int with_broker = sbx_call(SBX_NR_fcntl, BROKER, 1 /* F_GETFD */) >= 0;
+    int zygote, broker, pair[2];
 
+    if (argc == 1)
+        hold();
     if (sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
         quit(3);
     sbx_call(SBX_NR_rt_sigprocmask, 2, &sigchld, 0, sizeof(uint64_t));
@@ -418,7 +452,13 @@ nursery_main(long *stack)
     if (argc < 2 || polls[2].fd < 0 || home_netns < 0 || sbx_no_new_privs() < 0 ||
         sbx_call(SBX_NR_socketpair, 1 /* AF_UNIX */, 5 /* SOCK_SEQPACKET */ | SBX_O_CLOEXEC, 0, pair) < 0)
         quit(3);
+    one_id = sbx_file_ids(INIT_ID, INIT_ID) < 0;
+    if (sbx_file_ids(0, 0) < 0)
+        quit(3);
     zygote_channel = pair[0];
+    broker = with_broker ? start_broker() : 0;
+    if (broker < 0)
+        quit(6);
     zygote = start_zygote(argv, envp, pair[1]);
     sbx_close(ZYGOTE);
     sbx_close(pair[1]);
@@ -433,7 +473,7 @@ nursery_main(long *stack)
         if (polls[1].revents)
             quit(0);
         if (polls[2].revents)
-            reap(polls[2].fd, zygote);
+            reap(polls[2].fd, zygote, broker);
         if (polls[0].revents)
             answer();
     }

@@ -89,12 +89,27 @@ struct sbx_rlimit {
     uint64_t soft, hard;
 };
 
-int sbx_become(uint32_t uid, uint32_t gid);
+int sbx_become(uint32_t uid, uint32_t gid, int one_id);
 int sbx_file_ids(uint32_t uid, uint32_t gid);
 int sbx_drop_bounding(void);
 int sbx_drop_caps(void);
 int sbx_no_new_privs(void);
 int sbx_set_rlimits(const struct sbx_rlimit *limits, unsigned int count);
+
+/* broker.c, of the nursery's program only. A request is the head and a path with its NUL, one descriptor with it: a
+ * directory of a cell. The answer is one struct, with one descriptor when something was opened. */
+enum sbx_broker_operation { SBX_BROKER_OPEN = 1, SBX_BROKER_MKDIR = 2, SBX_BROKER_RENAME = 3 };
+#define SBX_BROKER_ROOT 0xffffffffU /* owner: the namespace's root, with its rights over other ids' files */
+#define SBX_BROKER_PATH 8192
+struct sbx_broker_request {
+    uint32_t operation, owner, mode, pad;
+    uint64_t flags; /* of open(2): a few */
+};
+struct sbx_broker_answer {
+    int32_t error; /* errno, or 0 */
+};
+
+_Noreturn void sbx_broker_main(int channel);
 
 /* landlock.c */
 int sbx_landlock_abi(void);
@@ -114,7 +129,8 @@ int sbx_seccomp_install(const struct sbx_filter *filter);
  *     engine -> nursery    sbx_make_request: make an init, then have the zygote fork the cell
  *     nursery -> engine    sbx_event MADE with descriptors, or REFUSED; later DEAD: the init, and so the pid namespace
  *     nursery -> zygote    sbx_fork_request with descriptors
- *     zygote -> engine     sbx_event REFUSED: no cell was forked; or, once, EXITED: the cell was, and is reaped
+ *     zygote -> engine     sbx_event REFUSED: no cell was forked; or, once, EXITED: the cell was, and is reaped;
+ *                          once, where there is a warm-up, WARM
  */
 struct sbx_cell_limits {
     uint32_t uid; /* within the user namespace; also the gid */
@@ -139,10 +155,17 @@ struct sbx_fork_request {
     struct sbx_cell_limits cell;
 };
 
-enum sbx_event_kind { SBX_EVENT_MADE = 1, SBX_EVENT_REFUSED = 2, SBX_EVENT_DEAD = 3, SBX_EVENT_EXITED = 4 };
+enum sbx_event_kind {
+    SBX_EVENT_MADE = 1,
+    SBX_EVENT_REFUSED = 2,
+    SBX_EVENT_DEAD = 3,
+    SBX_EVENT_EXITED = 4,
+    SBX_EVENT_WARM = 5,
+};
 
 /* MADE carries: pidfd of the init, mounts of /workspace and /code, the engine's ends of stdin, stdout, stderr and of the
- * cell's channel. REFUSED says where. EXITED says how: code and status as in siginfo_t. */
+ * cell's channel. REFUSED says where. EXITED says how: code and status as in siginfo_t. WARM is of no cell: those that
+ * are forked from now on know what the warm-up touches. */
 #define SBX_MADE_FDS 7
 struct sbx_event {
     uint32_t kind, id;

@@ -12,7 +12,7 @@ SHARED = ("fd.c", "mount.c", "ids.c", "landlock.c", "seccomp.c")
 ENGINE = (*SHARED, "spawn.c", "numbers.c", "direct.c")  # sandboxd._native, with cffi's glue
 CELL = (*SHARED, "cell.c")  # sandboxd.inside._cell
 IMAGE = ("fd.c", "image.c")  # sandboxd.inside._image
-NURSERY = (*SHARED, "nursery.c")  # sandboxd/inside/nursery
+NURSERY = (*SHARED, "broker.c", "nursery.c")  # sandboxd/inside/nursery
 
 LIMITED_API = "0x030b0000"  # CPython 3.11: the oldest that may load the extensions
 

@@ -43,7 +43,7 @@ default_signals(void)
 static int
 place_fds(const int *fds, unsigned int count)
 {
-    int moved[8];
+    int moved[16];
 
     if (count > ARRAY_SIZE(moved))
         return -SBX_EINVAL;
@@ -191,7 +191,8 @@ static _Noreturn void
 zygote_child(const struct sbx_zygote_plan *plan)
 {
     const int fds[] = {plan->null_fd, plan->log_fd, plan->log_fd, plan->engine_fd, plan->zygote_fd, plan->owner_fd,
-                       plan->nursery_fd, plan->report_fd};
+                       plan->nursery_fd, plan->report_fd, plan->broker_fd};
+    const unsigned int nfds = ARRAY_SIZE(fds) - (plan->broker_fd < 0);
     int trees[SBX_TREES];
     struct sbx_report done = {0};
     uint32_t detail = 0, kept = 0;
@@ -217,7 +218,7 @@ zygote_child(const struct sbx_zygote_plan *plan)
         child_fail(plan->report_fd, SBX_STAGE_MOUNTS, (int)-r, detail);
     r = sbx_read_all(plan->go_fd, &go, 1); /* the id maps are written */
     if (r >= 0)
-        r = sbx_become(0, 0);
+        r = sbx_become(0, 0, plan->one_id);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_MAPS, (int)-r, 0);
     r = forgo(plan->allow_user_namespaces, &kept);
@@ -236,13 +237,13 @@ zygote_child(const struct sbx_zygote_plan *plan)
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_HOSTNAME, (int)-r, 0);
     sbx_call(SBX_NR_setsid);
-    r = place_fds(fds, ARRAY_SIZE(fds));
+    r = place_fds(fds, nfds);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_FDS, (int)-r, 0);
     /* The program's image and the report end with exec; the others are the nursery's. */
     for (int fd = 6; fd <= 7; fd++)
         sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
-    r = sbx_close_from(ARRAY_SIZE(fds));
+    r = sbx_close_from(nfds);
     if (r < 0)
         child_fail(7, SBX_STAGE_FDS, (int)-r, 0);
     done.detail = kept;
@@ -252,29 +253,113 @@ zygote_child(const struct sbx_zygote_plan *plan)
     child_fail(7, SBX_STAGE_EXEC, (int)-r, 0);
 }
 
-/* New user, pid, mount, net, ipc and uts namespaces with one process in them, waiting on go_fd for its id maps. No
- * cgroup namespace: CLONE_INTO_CGROUP by its children answers ENOENT for a target outside it. Returns the pid. */
+/* In the namespaces that the caller asks for; *args* says where the pidfd goes. */
+static long
+clone_zygote(const struct sbx_zygote_plan *plan, struct sbx_clone_args *args)
+{
+    long pid;
+
+    args->flags |= SBX_CLONE_PIDFD | SBX_CLONE_NEWPID | SBX_CLONE_NEWNS | SBX_CLONE_NEWNET | SBX_CLONE_NEWIPC |
+                   SBX_CLONE_NEWUTS;
+    if (plan->cgroup_fd >= 0) {
+        args->flags |= SBX_CLONE_INTO_CGROUP;
+        args->cgroup = (uint64_t)plan->cgroup_fd;
+    }
+    pid = sbx_call(SBX_NR_clone3, args, sizeof(*args));
+    if (pid == 0)
+        zygote_child(plan);
+    return pid;
+}
+
+/* The same in a user namespace that is there already. Entering one changes the process that enters, so one in between
+ * does it, and has the zygote's first process made as a child of the engine's: it inherits the exit signal, and its
+ * pidfd appears among the engine's descriptors, which are shared. */
+static int
+clone_in_userns(const struct sbx_zygote_plan *plan, int *pidfd)
+{
+    struct sbx_clone_args between = {.flags = SBX_CLONE_FILES, .exit_signal = SBX_SIGCHLD};
+    struct {
+        int32_t pid, pidfd;
+    } made = {-SBX_EIO, -1};
+    int report[2];
+    long pid, r = sbx_call(SBX_NR_pipe2, report, SBX_O_CLOEXEC);
+
+    if (r < 0)
+        return (int)r;
+    pid = sbx_call(SBX_NR_clone3, &between, sizeof(between));
+    if (pid == 0) {
+        struct sbx_clone_args args = {.flags = SBX_CLONE_PARENT, .pidfd = (uint64_t)(uintptr_t)&made.pidfd};
+
+        r = sbx_call(SBX_NR_setns, plan->userns_fd, SBX_CLONE_NEWUSER);
+        made.pid = (int32_t)(r < 0 ? r : clone_zygote(plan, &args));
+        sbx_write_all(report[1], &made, sizeof(made));
+        child_exit(0);
+    }
+    if (pid > 0) {
+        do
+            r = sbx_call(SBX_NR_wait4, pid, 0, SBX_WALL, 0);
+        while (r == -SBX_EINTR);
+        sbx_close(report[1]); /* not before: it is the same table */
+        r = sbx_read_all(report[0], &made, sizeof(made));
+        if (r < 0)
+            made.pid = (int32_t)r;
+    } else {
+        made.pid = (int32_t)pid;
+        sbx_close(report[1]);
+    }
+    sbx_close(report[0]);
+    *pidfd = made.pidfd;
+    return made.pid;
+}
+
+/* New pid, mount, net, ipc and uts namespaces with one process in them, in the user namespace of the plan, or in a new
+ * one whose id maps the process waits for on go_fd. No cgroup namespace: CLONE_INTO_CGROUP by its children answers ENOENT
+ * for a target outside it. Returns the pid. */
 int
 sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
 {
     struct sbx_clone_args args = {
-        .flags = SBX_CLONE_PIDFD | SBX_CLONE_NEWUSER | SBX_CLONE_NEWPID | SBX_CLONE_NEWNS | SBX_CLONE_NEWNET |
-                 SBX_CLONE_NEWIPC | SBX_CLONE_NEWUTS,
-        .pidfd = (uint64_t)(uintptr_t)pidfd,
-        .exit_signal = SBX_SIGCHLD,
-    };
+        .flags = SBX_CLONE_NEWUSER, .pidfd = (uint64_t)(uintptr_t)pidfd, .exit_signal = SBX_SIGCHLD};
     uint64_t old;
     long pid, r = all_signals_blocked(&old);
 
     if (r < 0)
         return (int)r;
-    if (plan->cgroup_fd >= 0) {
-        args.flags |= SBX_CLONE_INTO_CGROUP;
-        args.cgroup = (uint64_t)plan->cgroup_fd;
-    }
+    pid = plan->userns_fd < 0 ? clone_zygote(plan, &args) : clone_in_userns(plan, pidfd);
+    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
+    return (int)pid;
+}
+
+/* A new user namespace with one process in it that executes *program_fd* and stays until *wait_fd* is at its end; on
+ * report_fd a struct sbx_report when that was refused, else end of file. The /proc files of what the engine clones belong
+ * to root, since it is not dumpable, and a copy of it shall not be either: who is not root cannot write id maps there.
+ * Those of an executed program that holds no secret belong to the engine's user. Returns the pid. */
+int
+sbx_userns_hold(int program_fd, int wait_fd, int report_fd, int *pidfd)
+{
+    struct sbx_clone_args args = {.flags = SBX_CLONE_NEWUSER | SBX_CLONE_PIDFD,
+                                  .pidfd = (uint64_t)(uintptr_t)pidfd,
+                                  .exit_signal = SBX_SIGCHLD};
+    char name[] = "hold", *const argv[] = {name, 0}, *const envp[] = {0};
+    const int fds[] = {wait_fd, program_fd, report_fd};
+    uint64_t old;
+    long pid, r = all_signals_blocked(&old);
+
+    if (r < 0)
+        return (int)r;
     pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
-    if (pid == 0)
-        zygote_child(plan);
+    if (pid == 0) {
+        default_signals();
+        r = place_fds(fds, ARRAY_SIZE(fds));
+        for (int fd = 1; fd <= 2 && r >= 0; fd++)
+            r = sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
+        if (r >= 0)
+            r = sbx_close_from(ARRAY_SIZE(fds));
+        if (r < 0)
+            child_fail(report_fd, SBX_STAGE_FDS, (int)-r, 0);
+        r = sbx_call(SBX_NR_execveat, 1, "", argv, envp, SBX_AT_EMPTY_PATH);
+        child_fail(2, SBX_STAGE_EXEC, (int)-r, 0);
+    }
     sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
     return (int)pid;
 }

@@ -23,6 +23,9 @@ struct sbx_zygote_plan {
     int zygote_fd;  /* zygote's end of its channel */
     int owner_fd;   /* pidfd of the engine */
     int nursery_fd; /* the nursery's program */
+    int broker_fd;  /* broker's end of its channel; -1: there is none */
+    int userns_fd;  /* a mapped user namespace to be born in; -1: a new one, which the engine maps meanwhile */
+    int one_id;     /* the namespace maps a single id */
     int cgroup_fd;    /* v2: where the process is born; -1 without */
     int tasks[8];     /* v1: where it writes 0 first thing */
     unsigned int ntasks;
@@ -62,6 +65,7 @@ void sbx_read_numbers(struct sbx_number *numbers, unsigned int count);
 
 int sbx_launch(const struct sbx_launch *plan, int *pidfd);
 int sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd);
+int sbx_userns_hold(int program_fd, int wait_fd, int report_fd, int *pidfd);
 int sbx_hide_self(void);
 
 #endif

@@ -90,6 +90,7 @@ enum sbx_nr {
     SBX_NR_pipe2 = 293,
     SBX_NR_prlimit64 = 302,
     SBX_NR_setns = 308,
+    SBX_NR_renameat2 = 316,
     SBX_NR_seccomp = 317,
     SBX_NR_execveat = 322,
     SBX_NR_pidfd_send_signal = 424, /* 5.1 */
@@ -135,7 +136,9 @@ enum sbx_errno {
 #define SBX_O_WRONLY 01
 #define SBX_O_CREAT 0100
 #define SBX_O_EXCL 0200
+#define SBX_O_NOCTTY 0400
 #define SBX_O_NONBLOCK 04000
+#define SBX_O_DIRECTORY 0200000
 #define SBX_O_NOFOLLOW 0400000
 #define SBX_O_CLOEXEC 02000000
 #define SBX_O_PATH 010000000
@@ -143,6 +146,7 @@ enum sbx_errno {
 /* clone3(2), setns(2), unshare(2) */
 #define SBX_CLONE_FILES 0x00000400UL
 #define SBX_CLONE_PIDFD 0x00001000UL
+#define SBX_CLONE_PARENT 0x00008000UL
 #define SBX_CLONE_NEWNS 0x00020000UL
 #define SBX_CLONE_CHILD_CLEARTID 0x00200000UL
 #define SBX_CLONE_CHILD_SETTID 0x01000000UL

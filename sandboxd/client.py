@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's pr
     from sandboxd.policy import Limits, Policy
     from sandboxd.result import Result
 
-__all__ = ["Sandbox", "parse_address", "ps"]
+__all__ = ["Sandbox", "parse_address", "ps", "reload"]
 
 CANCEL_SECONDS: Final = 2.0
 IDLE_CONNECTIONS: Final = 16
@@ -625,17 +625,32 @@ def _cancel(sock: socket.socket) -> None:
                 return
 
 
-def ps(address: str) -> list[dict[str, Any]]:
-    """The live runs of the daemon at *address* that the caller may see. Raises Unavailable, ProtocolError."""
+def _asked(address: str, operation: str) -> dict[str, Any]:
+    """The daemon's answer to an operation without arguments. Raises what it refused with."""
     with Sandbox._greeted(open_daemon(parse_address(address))) as sock:
-        protocol.send(sock, {"op": "ps"})
+        protocol.send(sock, {"op": operation})
         answer = protocol.receive(sock)
     if answer is None:
         raise ConnectionLost(False)
     answer.close()
     if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
         raise from_plain(answer.message["error"])
-    runs = answer.message.get("runs")
+    return answer.message
+
+
+def reload(address: str) -> list[str]:
+    """Have the daemon at *address* read its files again; sentences about what changed. Raises PolicyError when a file
+    is wrong (everything is as before then), Unavailable, ProtocolError.
+    """
+    said = _asked(address, "reload").get("said")
+    if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
+        raise ProtocolError("The daemon's answer to reload is not a list.")
+    return said
+
+
+def ps(address: str) -> list[dict[str, Any]]:
+    """The live runs of the daemon at *address* that the caller may see. Raises Unavailable, ProtocolError."""
+    runs = _asked(address, "ps").get("runs")
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ProtocolError("The daemon's answer to ps is not a list.")
     return runs

@@ -7,11 +7,11 @@ engine or to two. A block counts as uids and as gids alike.
 Where a block comes from, in this order (as root):
 
 1. the configured range, ``base:count``;
-2. the ranges that both /etc/subuid and /etc/subgid hold for ``sandboxd`` or ``root`` (by name or number);
+2. the ranges that both /etc/subuid and /etc/subgid hold for ``root`` (by name or number);
 3. the range FALLBACK below, which no allocator is known to hand out.
 
-Blocks that overlap a login id, another user's subordinate ids (3 only) or that this user namespace does not map are
-passed over.
+An engine of another user takes its own subordinate ids, and has its own locks: ``userids``. Blocks that overlap a
+login id, another user's subordinate ids (3 only) or that this user namespace does not map are passed over.
 
 Sources: user_namespaces(7), subuid(5), fcntl_locking(2); systemd, "Users, Groups, UIDs and GIDs on systemd Systems"
 (systemd.io/UIDS-GIDS).
@@ -53,7 +53,7 @@ MIN_BLOCK = 2_048
 
 LOCK_FILE = "/run/sandboxd-ids.lock"
 
-OWNERS = ("sandboxd", "root")
+OWNER = "root"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,8 @@ class SlotIds:
 
     base: int
     capacity: int = MAX_SLOTS
+    shared: bool = False
+    """Whether there is but one id, the namespace's 0, for all of them."""
 
     def __post_init__(self) -> None:
         if not 0 < self.capacity <= MAX_SLOTS:
@@ -101,7 +103,7 @@ class SlotIds:
     @property
     def guest_uids(self) -> range:
         """guest_uid() of every slot."""
-        return range(FIRST_CELL_ID, FIRST_CELL_ID + self.capacity)
+        return range(0) if self.shared else range(FIRST_CELL_ID, FIRST_CELL_ID + self.capacity)
 
     def guest_uid(self, slot: int) -> int:
         """The id of the cell in *slot* as its own user namespace shows it; the gid is the same number.
@@ -110,7 +112,7 @@ class SlotIds:
         """
         if not 0 <= slot < self.capacity:
             raise ValueError(f"slot must lie in 0..{self.capacity - 1}, not {slot}")
-        return FIRST_CELL_ID + slot
+        return 0 if self.shared else FIRST_CELL_ID + slot
 
     def host_uid(self, slot: int) -> int:
         """The id of the cell in *slot* as the host shows it. Raises ValueError when there is no such slot."""
@@ -123,9 +125,23 @@ class IdBlock(Closing):
     The descriptor behind it is close-on-exec; a child forked without exec must close its copy, for it keeps the claim.
     """
 
-    def __init__(self, block: IdRange, fd: int) -> None:
+    def __init__(
+        self,
+        block: IdRange,
+        fds: Iterable[int],
+        *,
+        gid: int | None = None,
+        helpers: bool = False,
+        shared: Unavailable | None = None,
+    ) -> None:
+        """*fds* hold the locks. *gid* is the first gid where it is not the first uid's number."""
         self._range = block
-        self._fd = fd
+        self._fds = list(fds)
+        self._gid = block.base if gid is None else gid
+        self.helpers = helpers
+        """Whether newuidmap and newgidmap write the maps."""
+        self.shared = shared
+        """Why all cells share one id; None when each has its own."""
 
     @property
     def base(self) -> int:
@@ -138,22 +154,29 @@ class IdBlock(Closing):
         return self._range.count
 
     @property
-    def id_map(self) -> str:
-        """The line for /proc/PID/uid_map, and the same for gid_map."""
+    def uid_map(self) -> str:
+        """The line for /proc/PID/uid_map."""
         return f"0 {self.base} {self.count}\n"
+
+    @property
+    def gid_map(self) -> str:
+        """The line for /proc/PID/gid_map."""
+        return f"0 {self._gid} {self.count}\n"
 
     def slots(self, wanted: int = MAX_SLOTS) -> SlotIds:
         """The block's slot ids: *wanted* of them, or as many as the block has."""
+        if self.shared is not None:
+            return SlotIds(self.base, min(wanted, MAX_SLOTS), shared=True)
         return SlotIds(self.base, min(wanted, MAX_SLOTS, self.count - FIRST_CELL_ID))
 
     def close(self) -> None:
         """Give the block back. Every process that used its ids must be gone. Idempotent."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
+        fds, self._fds = self._fds, []
+        for fd in fds:
             os.close(fd)
 
     def __repr__(self) -> str:
-        return f"IdBlock({self.base}:{self.count}{'' if self._fd >= 0 else ', closed'})"
+        return f"IdBlock({self.base}:{self.count})"
 
 
 # Pure: parsing and planning
@@ -272,7 +295,11 @@ def mapping_helpers() -> tuple[str | None, str | None]:
     """Where newuidmap and newgidmap are, None for one that is not installed: what a rootless engine needs."""
     import shutil
 
-    return shutil.which("newuidmap"), shutil.which("newgidmap")
+    # Of the system's own directories: whatever the caller's PATH is.
+    return shutil.which("newuidmap", path=_HELPERS), shutil.which("newgidmap", path=_HELPERS)
+
+
+_HELPERS = "/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin:/run/wrappers/bin"
 
 
 def claim(config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPath = LOCK_FILE) -> IdBlock:
@@ -284,17 +311,14 @@ def claim(config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPat
     the next engine would lock another one. Engines that do not see the same /run (other containers) do not see each
     other's claims; their own id maps or *config* keep them apart.
 
-    Runs as root in the user namespace in which the engine lives. Raises Unavailable (stage ``ids``): EPERM without
-    root, EUSERS when every block is taken, ERANGE when this user namespace maps none of them or others own them all,
-    EINVAL for a *config* that names no range, otherwise the errno of the lock file.
+    Runs in the user namespace in which the engine lives; for other users than root see ``userids``. Raises Unavailable
+    (stage ``ids``): EUSERS when every block is taken, ERANGE when this user namespace maps none of them or others own
+    them all, EINVAL for a *config* that names no range, otherwise the errno of the lock file.
     """
     if os.geteuid() != 0:
-        raise Unavailable(
-            stage="ids",
-            errno=errno.EPERM,
-            message="only root can map a block of ids, and an engine of an ordinary user is not built yet",
-            fix="run as root",
-        )
+        from sandboxd import userids
+
+        return userids.claim(config, etc)
     blocks, origin = _candidates(config, etc)
     first = next(blocks, None)
     if first is None:
@@ -311,19 +335,56 @@ def claim(config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPat
             if origin == FALLBACK_ORIGIN and _known_to_nss(block.base):
                 continue
             if _try_lock(fd, block):
-                claimed = IdBlock(block, fd)
+                claimed = IdBlock(block, [fd])
                 fd = -1
                 return claimed
     finally:
         if fd >= 0:
             os.close(fd)
-    raise Unavailable(
+    raise exhausted(origin)
+
+
+def exhausted(origin: str) -> Unavailable:
+    """The error when other engines hold all of *origin*."""
+    return Unavailable(
         stage="ids",
         errno=errno.EUSERS,
         message=f"{origin}: every block of these ids is held by a running engine",
         fix="close a Sandbox, or grant more ids (8,192 an engine) in /etc/subuid and /etc/subgid, or with 'ids' in the "
         "daemon's configuration",
     )
+
+
+def lock_all(fds: Sequence[int], block: IdRange) -> bool:
+    """Lock the bytes of *block* in every lock file; False, and in none of them, when one is held."""
+    for count, fd in enumerate(fds):
+        if not _try_lock(fd, block):
+            for held in fds[:count]:
+                fcntl.fcntl(
+                    held, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_UNLCK, os.SEEK_SET, block.base, block.count, 0)
+                )
+            return False
+    return True
+
+
+def own_candidates(config: str | None, granted: Sequence[IdRange], etc: StrPath) -> tuple[Iterator[IdRange], str]:
+    """As ``_candidates``, for a user whom *granted* is granted: nothing else can be mapped, configured or not."""
+    mapped = intersect(_id_map("uid"), _id_map("gid"))
+    taken = [*login_ids(_read(etc, "passwd")), *login_ids(_read(etc, "group"))]
+    if config is None:
+        return _offers(granted, EXPLICIT_BLOCK, mapped, taken), "what /etc/subuid and /etc/subgid grant"
+    configured = _configured(config)
+    allowed = [area for area in granted if area.contains(configured)]
+    return _offers([configured] if allowed else [], EXPLICIT_BLOCK, mapped, taken), f"the configured range {config}"
+
+
+def _configured(config: str) -> IdRange:
+    try:
+        return parse_config(config)
+    except ValueError as error:
+        raise Unavailable(
+            stage="ids", errno=errno.EINVAL, message=str(error), fix="correct 'ids' in the configuration"
+        ) from None
 
 
 FALLBACK_ORIGIN = f"the range {FALLBACK.base}..{FALLBACK.end - 1}"
@@ -334,19 +395,10 @@ def _candidates(config: str | None, etc: StrPath) -> tuple[Iterator[IdRange], st
     mapped = intersect(_id_map("uid"), _id_map("gid"))
     taken = [*login_ids(_read(etc, "passwd")), *login_ids(_read(etc, "group"))]
     if config is not None:
-        try:
-            configured = parse_config(config)
-        except ValueError as error:
-            raise Unavailable(
-                stage="ids", errno=errno.EINVAL, message=str(error), fix="correct 'ids' in the configuration"
-            ) from None
-        return _offers([configured], EXPLICIT_BLOCK, mapped, taken), f"the configured range {config}"
-    granted: list[IdRange] = []
-    for owner in OWNERS:
-        uids, gids = subordinate_ranges(owner, etc)
-        granted += intersect(uids, gids)
+        return _offers([_configured(config)], EXPLICIT_BLOCK, mapped, taken), f"the configured range {config}"
+    granted = intersect(*subordinate_ranges(OWNER, etc))
     if granted:
-        origin = "what /etc/subuid and /etc/subgid grant to sandboxd and root"
+        origin = "what /etc/subuid and /etc/subgid grant to root"
         return _offers(granted, EXPLICIT_BLOCK, mapped, taken), origin
     taken += [area for name in ("subuid", "subgid") for _, area in parse_subordinate(_read(etc, name))]
     return _offers([FALLBACK], FALLBACK_BLOCK, mapped, taken), FALLBACK_ORIGIN

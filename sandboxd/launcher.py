@@ -45,6 +45,8 @@ class EngineProcess:
         paths.append(str(Path(__file__).resolve().parent.parent))
         command = [sys.executable, "-I", "-c", _MAIN, json.dumps(paths)]
         environment = {"PATH": os.defpath, "LANG": "C.UTF-8"}
+        if os.geteuid() != 0 and "XDG_RUNTIME_DIR" in os.environ:
+            environment["XDG_RUNTIME_DIR"] = os.environ["XDG_RUNTIME_DIR"]  # one of the places for its locks
         try:
             with contextlib.ExitStack() as undo, contextlib.ExitStack() as given:
                 ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

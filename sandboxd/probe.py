@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from sandboxd.ids import IdBlock
+
 __all__ = ["COMMON", "NAMESPACES", "OWN", "USER", "Refused", "attempt"]
 
 PROBE_SECONDS = 10
@@ -332,11 +334,18 @@ def own_ids() -> dict[str, Any]:
             "text": f"{error.stage}: {error.message}" if error.message else str(error),
         }
     with block:
-        _use_range(block.base, block.count)
-        return {"base": block.base, "count": block.count}
+        if block.shared is not None:
+            return {"unavailable": block.shared.plain(), "text": block.shared.message}
+        try:
+            _use_range(block)
+        except Unavailable as error:  # the helpers' word
+            return {"unavailable": error.plain(), "text": error.message}
+        return {"base": block.base, "count": block.count, "helpers": block.helpers}
 
 
-def _use_range(base: int, count: int) -> None:
+def _use_range(block: IdBlock) -> None:
+    from sandboxd import userids
+
     ready, go = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -354,9 +363,7 @@ def _use_range(base: int, count: int) -> None:
     os.close(ready[1])
     try:
         if os.read(ready[0], 1):
-            for kind in ("uid", "gid"):
-                with open(f"/proc/{pid}/{kind}_map", "w") as stream:
-                    stream.write(f"0 {base} {count}")
+            userids.map_ids(pid, block)
     finally:
         os.write(go[1], b"x")
         _, status = os.waitpid(pid, 0)
@@ -366,12 +373,26 @@ def _use_range(base: int, count: int) -> None:
 
 def subordinate_ids() -> dict[str, Any]:
     """What newuidmap would let this user map, and where it is; for the caller's uid."""
-    from sandboxd import ids
+    from sandboxd import ids, userids
 
     uids, gids = ids.subordinate_ranges()
-    newuidmap, newgidmap = ids.mapping_helpers()
+    helpers = ids.mapping_helpers()
     both = ids.intersect(uids, gids)
-    return {"helpers": [newuidmap, newgidmap], "ranges": [[area.base, area.count] for area in both]}
+    capable, no_new_privs = userids.privileges()
+    return {
+        "helpers": list(helpers),
+        "problems": [userids.helper_problem(path) for path in helpers],
+        "capable": capable,
+        "no_new_privs": no_new_privs,
+        "ranges": [[area.base, area.count] for area in both],
+    }
+
+
+def switches() -> list[list[str]]:
+    """Settings of this host that stand against user namespaces of ordinary users, each with its fix."""
+    from sandboxd import userns
+
+    return [list(one) for one in userns.causes()]
 
 
 def cgroups() -> dict[str, Any]:
@@ -428,6 +449,7 @@ def network() -> list[str]:
 OWN: dict[str, Callable[[], Any]] = {
     "own_ids": own_ids,
     "subordinate_ids": subordinate_ids,
+    "switches": switches,
     "cgroups": cgroups,
     "network": network,
 }

@@ -254,7 +254,7 @@ class CgroupReceipt(BaseModel):
 
     model_config = _CONFIG
 
-    version: Literal["v1", "v2", "hybrid"]
+    version: Literal["v1", "v2", "hybrid", "none"]
     controllers: list[str]
 
 

@@ -2,9 +2,11 @@
 
 Theory of operation
 
-    engine (this process; root, or the owner of a delegated subtree)
-      | clone3: new user, pid, mount, net, ipc, uts namespaces; id maps written by the engine
+    engine (this process; root, or an ordinary user)
+      | clone3: new user, pid, mount, net, ipc, uts namespaces; id maps written by the engine. Not root, it has a holder
+      |         make the user namespace first, which gets its maps and ends (_user_namespace)
       `-- nursery: pid 1 there, a static executable without libc, mapped root; makes inits, reaps, dies with the engine
+            |-- broker: opens cells' files for an engine that is not root; without other rights (sandboxd/cellfiles.py)
             |-- zygote: the image's interpreter, mapped root; imports, warms up, forks cells; never sees tenants' bytes
             |     `-- cell: forked into an init's pid namespace, joins its other namespaces, drops everything
             |               (native/cell.c)
@@ -39,8 +41,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from sandboxd import native, rootfs
+from sandboxd import cellfiles, native, rootfs, userids, userns
 from sandboxd._native import ffi, lib
+from sandboxd.cellfiles import Broker
 from sandboxd.errors import Unavailable
 from sandboxd.stages import Stage, unavailable
 from sandboxd.waiting import readable, resolve
@@ -48,6 +51,7 @@ from sandboxd.waiting import readable, resolve
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sandboxd.cellfiles import CellFiles
     from sandboxd.cgroup import Instance
     from sandboxd.ids import IdBlock
     from sandboxd.interpreter import Interpreter
@@ -78,7 +82,7 @@ _CELL: Final = struct.Struct("=IIIIII")
 _RLIMIT: Final = struct.Struct("=IIQQ")
 _RLIMITS: Final = 16
 _EVENT: Final = struct.Struct("=IIiiIiI")
-_MADE, _REFUSED, _DEAD, _EXITED = 1, 2, 3, 4
+_MADE, _REFUSED, _DEAD, _EXITED, _WARM = 1, 2, 3, 4, 5
 _MADE_FDS: Final = 7
 _EVENT_FDS: Final = 8
 _BATCH: Final = 32
@@ -254,8 +258,10 @@ class Zygote:
         zygote: socket.socket,
         log: int,
         report: int,
+        files: CellFiles,
     ) -> None:
         self.pid = pid
+        self.files = files
         self.python = body.python
         self._operations = body.operations
         self._report = report
@@ -277,6 +283,10 @@ class Zygote:
         self.made = 0
         self.born = time.monotonic()
         self.image = ""
+        self.learning = False
+        """Whether it is still finding out what the warm-up touches; cells are served meanwhile."""
+        self.warm_at: float | None = None
+        """Since when its cells know."""
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
         for end in (nursery, zygote):
@@ -341,6 +351,7 @@ class Zygote:
         self.landlock_abi = int(answer["landlock_abi"])
         self.version = tuple(answer["version"])
         self.image = str(answer.get("image", ""))
+        self.learning = bool(answer.get("learning"))
         if self.landlock_abi < config.landlock_abi:
             raise Unavailable(
                 "landlock",
@@ -423,6 +434,8 @@ class Zygote:
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         for end in (self._nursery, self._zygote):
             end.close()
+        if isinstance(self.files, Broker):
+            self.files.close()
         os.close(self._pidfd)
         os.close(self._log)
         if self._report >= 0:
@@ -472,6 +485,10 @@ class Zygote:
             if event is None:
                 return
             kind, identity, code, status, stage, number, _ = event
+            if kind == _WARM and self.learning:
+                self.learning = False
+                self.warm_at = time.monotonic()
+                continue
             hears = self._cells.get(identity)
             if hears is None:
                 self._lose()
@@ -611,6 +628,15 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance)
         report_read, report_write = os.pipe2(os.O_CLOEXEC)
         given.callback(os.close, report_read)
         with os.fdopen(go_write, "wb", buffering=0) as go, os.fdopen(report_write, "wb", buffering=0) as report:
+            files: CellFiles | None = cellfiles.of(ids)
+            broker_end = userns_fd = -1
+            if files is None:
+                files, theirs = Broker.pair()
+                undo.callback(files.close)
+                given.callback(theirs.close)
+                broker_end = theirs.fileno()
+                userns_fd = _user_namespace(program, ids)
+                given.callback(os.close, userns_fd)
             try:
                 clone_fd, tasks = given.enter_context(cgroup.zygotes_entry())
             except OSError as error:
@@ -634,6 +660,9 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance)
                     "zygote_fd": zygote_end.fileno(),
                     "owner_fd": owner,
                     "nursery_fd": program,
+                    "broker_fd": broker_end,
+                    "userns_fd": userns_fd,
+                    "one_id": ids.shared is not None,
                     "allow_user_namespaces": body.allow_user_namespaces,
                     "cgroup_fd": -1 if clone_fd is None else clone_fd,
                     "tasks": tasks,
@@ -643,15 +672,16 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance)
             number = ffi.new("int *", -1)
             pid = lib.sbx_zygote_clone(plan, number)
             if pid < 0:
-                raise unavailable(Stage.CLONE, -pid)
+                raise userns.explained(unavailable(Stage.CLONE, -pid))
             pidfd = int(number[0])
             undo.callback(os.close, pidfd)
             undo.callback(_end, pidfd)
             report.close()
-            _map_ids(pid, ids)
+            if userns_fd < 0:
+                _map_ids(pid, ids)
             go.write(b"g")
             del keep_argv, keep_envp
-        made = kind(pid, pidfd, body, nursery, zygote, log, os.dup(report_read))
+        made = kind(pid, pidfd, body, nursery, zygote, log, os.dup(report_read), files)
         undo.pop_all()
         return made
 
@@ -663,7 +693,7 @@ def _refused(said: bytes, operations: Sequence[rootfs.Op]) -> Unavailable:
     if refused is not None and refused.kind == rootfs.Kind.PROC:
         return unavailable(Stage.PROC, error)
     where = refused.target if refused is not None else ""
-    return unavailable(stage, error, where and f"/{where}")
+    return userns.explained(unavailable(stage, error, where and f"/{where}"))
 
 
 def _end(pidfd: int) -> None:
@@ -673,11 +703,39 @@ def _end(pidfd: int) -> None:
 
 def _map_ids(pid: int, ids: IdBlock) -> None:
     try:
-        for name in ("gid_map", "uid_map"):
-            with open(f"/proc/{pid}/{name}", "w", encoding="ascii") as file:
-                file.write(ids.id_map)
+        userids.map_ids(pid, ids)
     except OSError as error:
-        raise unavailable(Stage.MAPS, error.errno or errno.EIO) from error
+        raise userns.explained(unavailable(Stage.MAPS, error.errno or errno.EIO)) from error
+
+
+def _user_namespace(program: int, ids: IdBlock) -> int:
+    """A descriptor of a new user namespace with *ids* mapped, and no process in it. Raises Unavailable, OSError.
+
+    For an engine that is not root: its own /proc files and those of what it clones belong to root, since it is not
+    dumpable. The holder executes the nursery's program, and so has nothing to hide.
+    """
+    with ExitStack() as held:
+        wait_read, wait_write = os.pipe2(os.O_CLOEXEC)
+        held.callback(os.close, wait_write)
+        report_read, report_write = os.pipe2(os.O_CLOEXEC)
+        held.callback(os.close, report_read)
+        number = ffi.new("int *", -1)
+        try:
+            pid = lib.sbx_userns_hold(program, wait_read, report_write, number)
+        finally:
+            os.close(wait_read)
+            os.close(report_write)
+        if pid < 0:
+            raise userns.explained(unavailable(Stage.CLONE, -pid))
+        pidfd = int(number[0])
+        held.callback(os.close, pidfd)
+        held.callback(_end, pidfd)
+        said = os.read(report_read, _REPORT.size)
+        if said:
+            stage, error, _ = _REPORT.unpack(said)
+            raise userns.explained(unavailable(stage, error))
+        _map_ids(pid, ids)
+        return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _not_preloaded(answer: dict[str, Any], python: Interpreter) -> Unavailable:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from sandboxd import Sandbox
+from tests.modes import policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -25,8 +26,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """An embedded engine with the shipped `default` policy."""
-    with Sandbox() as made:
+    """An embedded engine with the shipped `default` policy, as far as SANDBOXD_TEST_MODE has it."""
+    with Sandbox(policy_of()) as made:
         yield made
 
 

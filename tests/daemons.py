@@ -94,6 +94,7 @@ def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: Sett
     """A daemon on HOME/NAME/socket, not yet ready; its audit record is beside it, unless *config* says otherwise."""
     path, log, file = home / name / "socket", home / f"{name}.log", home / f"{name}.toml"
     settings: dict[str, Setting] = {"socket": str(path), "group": group, **config}
+    settings.setdefault("drain_seconds", 0)
     if isinstance(audit := settings.get("audit", {}), Mapping):
         settings["audit"] = {"path": str(log.with_suffix(".jsonl")), **audit}
     file.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in settings.items()))

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.patience import SLOWER
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -257,7 +259,7 @@ def difference(before: Snapshot, after: Snapshot | None = None) -> dict[str, lis
 
 def eventually(condition: Callable[[], object], seconds: float, what: str) -> None:
     """Look again and again until *condition* is true; fails after *seconds*."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * SLOWER
     pause = 0.001
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
@@ -274,7 +276,7 @@ def assert_nothing_new(before: Snapshot, seconds: float = 5.0, ignore: Iterable[
         left.update((kind, items) for kind, items in difference(before).items() if kind not in ignore)
         return not left
 
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * SLOWER
     pause = 0.002
     while not clean() and time.monotonic() < deadline:
         time.sleep(pause)

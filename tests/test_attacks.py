@@ -20,11 +20,10 @@ from tests.attacks import ATTACKS, Attack
 from tests.attacks.bait import bait
 from tests.attacks.base import attempt, program
 from tests.attacks.neighbours import PAIRS, Pair
+from tests.modes import policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an embedded engine needs root")
 
 PROVED = [row for row in ATTACKS if row.alone]
 CANARY_NAME = "SANDBOXD_TEST_CANARY"
@@ -63,7 +62,7 @@ def surroundings() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def strict() -> Iterator[Sandbox]:
-    with Sandbox("strict") as sandbox:
+    with Sandbox(policy_of("strict")) as sandbox:
         yield sandbox
 
 
@@ -75,7 +74,9 @@ def walled() -> Iterator[Callable[[str | None], Sandbox]]:
 
         def get(wall: str | None) -> Sandbox:
             if wall not in made:
-                made[wall] = stack.enter_context(Sandbox(_walls_down=[name for name in WALLS if name != wall]))
+                made[wall] = stack.enter_context(
+                    Sandbox(policy_of(), _walls_down=[name for name in WALLS if name != wall])
+                )
             return made[wall]
 
         yield get

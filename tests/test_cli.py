@@ -570,7 +570,7 @@ def test_failure_object_has_the_fields_of_a_result() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["stats", "install-service", "mcp"])
+@pytest.mark.parametrize("name", ["stats", "mcp"])
 def test_later_commands_say_so(name: str) -> None:
     done = CliRunner().invoke(cli, [name, "--http", "x"])
     assert done.exit_code == 2

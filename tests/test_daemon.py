@@ -20,6 +20,7 @@ import pytest
 
 from sandboxd import Limits, Result, Sandbox, daemon, protocol
 from sandboxd.client import parse_address
+from sandboxd.daemon.config import group_id
 from sandboxd.engine import core
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.core import Engine
@@ -151,7 +152,7 @@ def test_sigterm_ends_live_runs_and_their_clients_know(home: Path) -> None:
             assert made.end() == 0
             assert time.monotonic() - begun < 4
             assert [may_have_started(error) for error in running.errors()] == [True, True]
-            assert may_have_started(queued.exception(5)) is False
+            assert isinstance(queued.exception(5), Busy)
     assert list((home / "busy").iterdir()) == []
     leftovers.assert_nothing_new(before)
 
@@ -594,5 +595,5 @@ def test_a_default_policy_that_is_wrong_ends_with_2(home: Path) -> None:
 
 def test_an_unknown_group_is_an_error_except_the_default_one() -> None:
     with pytest.raises(PolicyError, match="no group"):
-        daemon._gid("no-such-group-here")
-    assert daemon._gid(None) == -1
+        group_id("no-such-group-here")
+    assert group_id(None) == -1

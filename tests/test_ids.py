@@ -204,7 +204,7 @@ def test_claim_without_any_grant_takes_a_fallback_block(etc: Path, lock_file: Pa
     with ids.claim(etc=etc, lock_file=lock_file) as block:
         assert FALLBACK.contains(IdRange(block.base, block.count))
         assert block.count == ids.FALLBACK_BLOCK
-        assert block.id_map == f"0 {block.base} 65536\n"
+        assert block.uid_map == block.gid_map == f"0 {block.base} 65536\n"
         assert block.slots().capacity == MAX_SLOTS
 
 
@@ -329,7 +329,7 @@ def test_kernel_accepts_the_block_as_the_map_of_a_user_namespace(etc: Path, lock
         assert child.stdout is not None
         child.stdout.readline()
         for name in ("uid_map", "gid_map"):
-            Path(f"/proc/{child.pid}/{name}").write_text(block.id_map)
+            Path(f"/proc/{child.pid}/{name}").write_text(block.uid_map)
         shown, _ = child.communicate("\n")
         assert [line.split() for line in shown.splitlines()] == [["0", str(block.base), str(block.count)]] * 2
 

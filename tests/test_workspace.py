@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sandboxd.cellfiles import CellFiles, HostRoot
 from sandboxd.engine import workspace
 from sandboxd.errors import InvalidRequest
 from tests.leftovers import eventually
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 UID = 12345
+HANDS = HostRoot(0)
 
 
 @pytest.fixture
@@ -43,12 +45,14 @@ def fd(place: Path) -> Iterator[int]:
 
 def put(fd: int, **files: bytes) -> workspace.Known:
     """Input files; "__" in a name stands for a slash."""
-    return workspace.put_files(fd, [(name.replace("__", "/"), memoryview(data)) for name, data in files.items()], UID)
+    return workspace.put_files(
+        HANDS, fd, [(name.replace("__", "/"), memoryview(data)) for name, data in files.items()], UID
+    )
 
 
 def taken(fd: int, known: workspace.Known | None = None, most: int = 1 << 30) -> tuple[dict[str, bytes], int]:
     """What is collected, by path, and how many were skipped."""
-    collected = workspace.collect(fd, known or {}, most)
+    collected = workspace.collect(HANDS, fd, known or {}, most)
     try:
         found = {path: os.pread(collected.fd, size, at) for path, size, at in collected.files}
         assert [path for path, _, _ in collected.files] == sorted(found)
@@ -134,7 +138,7 @@ def test_everything_is_collected_whole_and_sorted(place: Path, fd: int) -> None:
 
 
 def test_an_empty_place_needs_no_memfd(fd: int) -> None:
-    collected = workspace.collect(fd, {}, 100)
+    collected = workspace.collect(HANDS, fd, {}, 100)
     assert (collected.files, collected.skipped, collected.fd) == ([], 0, -1)
     collected.close()
 
@@ -193,8 +197,8 @@ def test_a_file_that_another_took_the_place_of_is_not_followed(
     (place / "f").write_bytes(b"x")
     walk = workspace._walk
 
-    def switch(directory: int, known: workspace.Known, found: workspace.Collected) -> list[tuple[str, int]]:
-        wanted = walk(directory, known, found)
+    def switch(by: CellFiles, directory: int, found: workspace.Collected) -> list[str]:
+        wanted = walk(by, directory, found)
         (place / "f").unlink()
         (place / "f").symlink_to(secret)
         return wanted
@@ -214,7 +218,7 @@ def test_collecting_leaks_no_descriptor(place: Path, fd: int) -> None:
 
 
 def test_the_source_is_readable_and_not_to_be_changed(place: Path, fd: int) -> None:
-    source = workspace.make_source(fd, "main.py", os.getuid())
+    source = workspace.make_source(HANDS, fd, "main.py", os.getuid())
     os.write(source, b"print(1)")
     os.close(source)
     assert (place / "main.py").read_bytes() == b"print(1)"
@@ -225,7 +229,7 @@ def test_the_source_is_readable_and_not_to_be_changed(place: Path, fd: int) -> N
 def test_the_engines_umask_does_not_show(place: Path, fd: int, umask: int) -> None:
     before = os.umask(umask)
     try:
-        os.close(workspace.make_source(fd, "main.py", os.getuid()))
+        os.close(workspace.make_source(HANDS, fd, "main.py", os.getuid()))
     finally:
         os.umask(before)
     assert (place / "main.py").stat().st_mode & 0o777 == 0o444

@@ -21,6 +21,7 @@ from __future__ import annotations
 from sandboxd.cgroup.discovery import CONTROLLERS, Hierarchy, Layout, discover
 from sandboxd.cgroup.instance import Bounds, Facts, Instance
 from sandboxd.cgroup.leaf import REUSE_BELOW_BYTES, Counters, Leaf, LeafLimits
+from sandboxd.cgroup.none import NoInstance
 from sandboxd.cgroup.sweep import Swept, sweep
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Layout",
     "Leaf",
     "LeafLimits",
+    "NoInstance",
     "Swept",
     "discover",
     "sweep",

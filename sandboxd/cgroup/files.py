@@ -178,6 +178,13 @@ class Group:
         except OSError as error:
             raise _explain(error, "chown", f"{self.path}/{file}") from None
 
+    def open_to_all(self, file: str) -> None:
+        """Let every user write a control file. Raises OSError."""
+        try:
+            os.chmod(f"{self.name}/{file}", 0o666, dir_fd=self.parent_fd)  # noqa: S103 (see Instance.clone_owner)
+        except OSError as error:
+            raise _explain(error, "chmod", f"{self.path}/{file}") from None
+
 
 def _kill_members(group: Group, skip: int) -> set[int]:
     """SIGKILL every process in *group* but *skip*; returns the pids that were there, also of those already dying."""

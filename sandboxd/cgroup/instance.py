@@ -55,7 +55,7 @@ class Bounds:
 class Facts(TypedDict):
     """What the receipt of a run says about cgroups; *missing* names what this kernel lacks of it."""
 
-    version: Literal["v1", "v2", "hybrid"]
+    version: Literal["v1", "v2", "hybrid", "none"]
     controllers: list[str]
     twin: bool
     missing: list[str]
@@ -226,11 +226,15 @@ class Instance(Closing):
 
         The kernel asks for write permission on cgroup.procs of the target and of the common ancestor, which is what
         holds both. Once a second uid comes it is made writable for all: a move inside still needs the target's own
-        file, and one from outside that of an ancestor above us. Raises OSError.
+        file, and one from outside that of an ancestor above us. An engine that is not root can give nothing away, and
+        does that at once. Raises OSError.
         """
         if self._v2 is None or self._clone_uid == uid:
             return
-        if self._clone_uid is None:
+        if os.geteuid() != 0:
+            self._v2.child("zygotes").open_to_all("cgroup.procs")
+            self._v2.bounded.open_to_all("cgroup.procs")
+        elif self._clone_uid is None:
             self._v2.bounded.chown("cgroup.procs", uid)
         else:
             os.chmod(f"{self._v2.bounded.name}/cgroup.procs", 0o666, dir_fd=self._v2.fd)  # noqa: S103 - see above

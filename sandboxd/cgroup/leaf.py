@@ -113,6 +113,9 @@ class Leaf:
     operation, path) where the kernel refuses.
     """
 
+    counts = True
+    """Whether there are counters at all."""
+
     def __init__(self, name: str, groups: LeafGroups, pids_floor: int, forget: Callable[[Leaf], None]) -> None:
         """Make the directories. *forget* is called once, when the leaf is gone. Nothing is left behind on failure."""
         self.name = name
@@ -278,8 +281,12 @@ class Leaf:
 
     def clone_owner(self, uid: int) -> None:
         """Let processes of host *uid* in ``zygotes`` clone into this leaf; needs ``Instance.clone_owner`` too."""
-        if self._groups.v2 is not None:
+        if self._groups.v2 is None:
+            return
+        if os.geteuid() == 0:
             self._groups.v2.chown("cgroup.procs", uid)
+        else:
+            self._groups.v2.open_to_all("cgroup.procs")
 
     def attach(self, pid: int) -> None:
         """Move a process here, in every hierarchy, from outside. Slow: for what cannot do it itself."""

@@ -34,17 +34,18 @@ EXIT_READER_GONE = 141  # what a shell reports of a program that SIGPIPE ended
 COMMANDS = {
     "run": ("sandboxd.cli.run", "run", "Run one program in a fresh cell."),
     "serve": ("sandboxd.cli.serve", "serve", "Run the daemon on a Unix socket."),
+    "reload": ("sandboxd.cli.reload", "reload", "Have a daemon read its configuration and policies again."),
     "doctor": ("sandboxd.cli.doctor", "doctor", "Show what this host can enforce, and how to mend the rest."),
     "policy": ("sandboxd.cli.policy", "policy", "List, show and check policies."),
     "ps": ("sandboxd.cli.ps", "ps", "List the live cells of a daemon."),
     "logs": ("sandboxd.cli.logs", "logs", "Show, follow and check the audit record."),
     "bench": ("sandboxd.cli.bench", "bench", "Measure what isolation costs on this host."),
+    "install-service": ("sandboxd.cli.service", "install_service", "Install the systemd service, or remove it."),
 }
 
 # Promised names that have no code yet.
 LATER = {
     "stats": "counters of a daemon",
-    "install-service": "installing the system service",
     "mcp": "the Model Context Protocol server",
 }
 

@@ -31,6 +31,7 @@ from sandboxd import native
 from sandboxd.engine import workspace
 from sandboxd.engine.life import Event, Life, State
 from sandboxd.errors import Unavailable
+from sandboxd.ids import ZYGOTE_ID
 from sandboxd.stages import unavailable
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class Cell:
             self.channel = socket.socket(fileno=fds.channel)
             poll = self._poll = select.epoll()
             self._watch(fds.channel, 0)
-            self._source = workspace.make_source(fds.code, SOURCE_NAME, self._engine.ids.base)
+            self._source = workspace.make_source(self.prepared.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
             self._loop.add_reader(poll.fileno(), self._ready)
         except OSError as error:
             self._fail(Unavailable("cell", error.errno, "raise the limit of open files", str(error)))
@@ -262,9 +263,7 @@ class Cell:
         while len(view):
             view = view[os.write(self._source, view) :]
         if name != SOURCE_NAME:
-            owner = self._engine.ids.base
-            with native.as_file_owner(owner, owner):
-                os.rename(SOURCE_NAME, name, src_dir_fd=self.fds.code, dst_dir_fd=self.fds.code)
+            self.prepared.zygote.files.rename(self.fds.code, SOURCE_NAME, name, ZYGOTE_ID)
 
     def go(self, with_streams: bool) -> None:
         """From now on it is the program's. Without *with_streams* its output is watched by somebody else."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import json
 import logging
 import os
 import re
+import socket
 import sys
 import termios
 from collections.abc import Awaitable, Callable
@@ -28,8 +30,6 @@ from sandboxd.waiting import resolve, writable
 from sandboxd.wire import Run, parse_header
 
 if TYPE_CHECKING:
-    import socket
-
     from sandboxd.engine.core import Engine
     from sandboxd.engine.run import CellRun
     from sandboxd.engine.workspace import Collected
@@ -49,6 +49,9 @@ _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
 Policies = Callable[[str | None], Awaitable[Prepared]]
 """The policy of a name, in force; None is the engine's own default. Raises PolicyError, Unavailable."""
 
+Reload = Callable[[], Awaitable[list[str]]]
+"""Have the operator's files read again: sentences about what changed. Raises SandboxError; all is as before then."""
+
 
 class _Gone(Exception):
     """The client left, or takes nothing any more."""
@@ -65,8 +68,11 @@ class Connection:
         policies: Policies,
         sees_all: bool,
         lends: bool = False,
+        reload: Reload | None = None,
     ) -> None:
-        """*sees_all*: the client is the engine's operator; *lends*: it is its caller, and may hold cells itself."""
+        """*sees_all*: the client is the engine's operator; *lends*: it is its caller, and may hold cells itself;
+        *reload*: what an operator's wish to have the configuration read again does.
+        """
         self._engine = engine
         self._sock = sock
         self._client = client
@@ -87,6 +93,9 @@ class Connection:
         self._task: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[None] | None = None
         self._watching = False
+        self._reload = reload
+        self._answering = False
+        self._draining = False
         sock.setblocking(False)
 
     async def serve(self) -> None:
@@ -104,7 +113,11 @@ class Connection:
                 self._leases = Leases(self._engine, self._client, lambda data, fds: send_now(self._sock, data, fds))
             await self._send({"op": "hello", "version": protocol.VERSION, "engine": "sandboxd"})
             while (packet := await self._receive()) is not None:
+                self._answering = True
                 await self._request(packet)
+                self._answering = False
+                if self._draining:
+                    self._hear_no_more()
         except TimeoutError:
             log.info("client %s: too slow; dropped", self._client)
         except ProtocolError as error:
@@ -115,6 +128,19 @@ class Connection:
             log.debug("client %s: left: %s", self._client, error)
         finally:
             self.hang_up()
+
+    def drain(self) -> None:
+        """Answer what the client has sent, and end then. What it sends from now on fails at once, so that it knows that
+        nothing of it was begun.
+        """
+        self._draining = True
+        if not self._answering:
+            self._hear_no_more()
+
+    def _hear_no_more(self) -> None:
+        # What is in the queue can still be read, and the peer's next send is EPIPE: unix_shutdown() in af_unix.c.
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
 
     def hang_up(self) -> None:
         """Close the socket, if ``serve`` did not come to it."""
@@ -138,6 +164,8 @@ class Connection:
                 await self._send({"op": "ps", "runs": self._engine.list_runs(visible)})
             elif operation == "logs":
                 await self._logs(packet.message)
+            elif operation == "reload" and self._reload is not None:
+                await self._read_again(self._reload)
             elif operation == "cancel" and self._leases is not None and (run := self._leases.begun()) is not None:
                 run.cancel()
                 await self._answer_taken(self._leases, run, b"", b"", b"")
@@ -160,6 +188,18 @@ class Connection:
         if self._unread:
             await self._taken()
         await self._send(said, lines)
+
+    async def _read_again(self, reload: Reload) -> None:
+        if not self._sees_all:
+            fix = "ask root, or the user that the daemon runs as"
+            await self._refuse(Unavailable("reload", errno.EPERM, fix, "only its operator has a daemon reload"))
+            return
+        try:
+            said = await reload()
+        except SandboxError as error:
+            await self._refuse(error)
+        else:
+            await self._send({"op": "reloaded", "said": said})
 
     def _may_see(self, owner: dict[str, Any]) -> bool:
         return self._sees_all or owner.get("uid") == self._client.get("uid")

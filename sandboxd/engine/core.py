@@ -22,6 +22,7 @@ from sandboxd import cgroup, ids, native
 from sandboxd.engine import selftest
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.dying import Dying
+from sandboxd.engine.plan import Bare
 from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit, LendTools
 from sandboxd.engine.share import Share
@@ -34,7 +35,7 @@ from sandboxd.wire import Run, check_inputs_fit
 from sandboxd.zygote import ZygoteLost
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
 
     from sandboxd.engine.answer import Answer
     from sandboxd.engine.config import EngineConfig
@@ -48,8 +49,12 @@ RESTART_SECONDS: Final = 1.0
 """How long a policy that could not be brought into force answers with the same error before it is tried again."""
 HELD_BYTES: Final = 64 << 20
 """Source texts and JSON of one uid's requests, waiting or running; as Python's objects they take several times that."""
+DRAINING_SECONDS: Final = 1.0
+"""After it, who was turned away because the engine ends may ask again: another one may be there."""
 RETIRE_SECONDS: Final = 60.0
 """After a zygote could not be replaced, so long until the next attempt."""
+OUTLIVE_SECONDS: Final = 0.05
+"""How often a zygote that was replaced is looked at."""
 SPARE_SLOTS: Final = 64
 """Slots beyond max_running: a run that is dying slowly keeps its own."""
 
@@ -69,6 +74,7 @@ class Engine:
         self.ids: ids.IdBlock
         self.slot_ids: ids.SlotIds
         self.slots: Slots
+        self.bare: Bare | None = None
         self.live: dict[str, CellRun] = {}
         self.owners: dict[str, dict[str, Any]] = {}
         self._prepared: dict[str, Prepared] = {}
@@ -86,6 +92,9 @@ class Engine:
         self._waiting: dict[object, deque[asyncio.Future[None]]] = {}
         self._undo = contextlib.ExitStack()
         self._closed = False
+        self._draining = False
+        self.served = 0
+        """Runs that came to an end of their own or by a limit: a sign of life of everything that a run needs."""
         self.bodies = Bodies(self)
         self.trail = trail(config.audit)
         self.reading = asyncio.Lock()
@@ -94,13 +103,6 @@ class Engine:
 
     def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
-        if os.geteuid() != 0:
-            raise Unavailable(
-                "privilege",
-                None,
-                "run it as root, or connect to a daemon: Sandbox.connect(), sandboxd run --connect unix:PATH",
-                "this version's engine makes its id maps and cgroups as root",
-            )
         native.hide_self()
         # Every cell takes some thirty descriptors here; what cells may open is their own limit.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -117,7 +119,11 @@ class Engine:
             self.trail.open()
             undo.callback(self.trail.close)
             bounds = cgroup.Bounds(memory_bytes=self.config.memory(), pids=self.config.tasks())
-            self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
+            try:
+                self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
+            except Unavailable as refusal:
+                # Whether that will do is the policy's to say: [require] cgroup (prepared.py).
+                self.instance = undo.enter_context(cgroup.NoInstance(refusal))
             self.ids = undo.enter_context(ids.claim(self.config.ids))
             # Beside those that run: parked ones, and those that are dying.
             wanted = running + max(SPARE_SLOTS, running + 2 * self.config.pool.maximum)
@@ -129,6 +135,8 @@ class Engine:
                     "give the engine a larger range of ids, or lower max_running",
                     f"{running} cells at once need as many ids; the range has {self.slot_ids.capacity}",
                 )
+            if isinstance(self.instance, cgroup.NoInstance):
+                self.bare = Bare(own_uid=self.ids.shared is None)
             self.instance.clone_owner(self.ids.base)
             self.slots = Slots(self.instance, min(wanted, self.slot_ids.capacity), self.ids.base)
             undo.callback(self.slots.close)
@@ -164,9 +172,17 @@ class Engine:
 
     def _made(self, key: str, making: asyncio.Task[Prepared]) -> None:
         if making.cancelled() or making.exception() is None:
-            del self._preparing[key]
+            self._preparing.pop(key, None)
         else:
-            making.get_loop().call_later(RESTART_SECONDS, self._preparing.pop, key, None)
+            making.get_loop().call_later(RESTART_SECONDS, self._try_again, key, making)
+
+    def _is_preparing(self, key: str) -> bool:
+        making = self._preparing.get(key)
+        return making is not None and not making.done()
+
+    def _try_again(self, key: str, failed: asyncio.Task[Prepared]) -> None:
+        if self._preparing.get(key) is failed:
+            del self._preparing[key]
 
     async def _make(self, key: str, plain: dict[str, Any]) -> Prepared:
         lost = self._prepared.pop(key, None)
@@ -235,12 +251,57 @@ class Engine:
             return
         self._prepared[key] = made
         made.pool.open()
+        await self._outlive(old)
+
+    async def _outlive(self, old: Prepared) -> None:
+        """Close *old*, which nobody is given any more, once its runs are over, those that queue included."""
         old.pool.close()
         try:
-            while old.zygote.alive and not old.zygote.lost:
-                await asyncio.sleep(0.05)
+            while not old.zygote.lost:
+                await asyncio.sleep(OUTLIVE_SECONDS)  # first: a request may have been given it just now
+                # Files of a dead cell are read with the help of its zygote's broker.
+                if not old.zygote.alive and not any(run.serves(old) for run in self.live.values()):
+                    break
         finally:
             await old.close()
+
+    def filter_hash(self, key: str) -> str:
+        """Of the system call filter that the policy of *key* has now; "" when it is not in force."""
+        found = self._prepared.get(key)
+        return "" if found is None else found.profile_sha256
+
+    async def replace(self, changed: dict[str, dict[str, Any]], removed: Iterable[str]) -> None:
+        """Put the policies *changed* (key to plain values) into force in the place of those of the same keys, and take
+        those of *removed* out; what they replace ends with its last run.
+
+        All or nothing: every new zygote is proved first. Raises what ``prepared`` raises; nothing is changed then.
+        """
+        made: dict[str, Prepared] = {}
+        keys = [*changed, *removed]
+        try:
+            for key, plain in changed.items():
+                made[key] = await self._proved(plain)
+            # Those that are being made from what was valid before.
+            while making := [
+                task for key in keys if (task := self._preparing.get(key)) is not None and not task.done()
+            ]:
+                await asyncio.wait(making)
+            if self._closed:
+                raise Unavailable("engine", None, "start a new one", "the engine is closing")
+        except BaseException:
+            for one in made.values():
+                await one.close()
+            raise
+        for key in keys:
+            self._preparing.pop(key, None)  # a failure that is still being told
+            old = self._prepared.pop(key, None)
+            if key in made:
+                self._prepared[key] = made[key]
+                made[key].pool.open()
+            if old is not None:
+                outliving = asyncio.get_running_loop().create_task(self._outlive(old))
+                self._retired.add(outliving)
+                outliving.add_done_callback(self._retired.discard)
 
     async def _proved(self, plain: dict[str, Any]) -> Prepared:
         """*plain* in force, with a first cell that tried to cross every wall."""
@@ -262,11 +323,31 @@ class Engine:
 
     async def _prove(self, made: Prepared) -> None:
         """Run the self-test in a first cell."""
+        header, said, complaint = await self._own_run(made, selftest.PROGRAM, "self-test")
+        if header["status"] != "ok":
+            raise Unavailable(
+                "self-test",
+                None,
+                "look at what it says, and at sandboxd doctor",
+                f"the first cell ended with {header['status']}: {complaint[-500:]}",
+            )
+        guest = self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0))
+        keeps_groups = self.ids.shared is not None
+        selftest.verify(said, guest, made.zygote.landlock_abi, made.profile, keeps_groups)
+
+    async def probe(self, prepared: Prepared) -> None:
+        """Run a program of our own, beside the queue. Raises Unavailable when it does not end as it should."""
+        header, _, complaint = await self._own_run(prepared, "pass", "probe")
+        if header["status"] != "ok":
+            raise Unavailable("probe", None, "look at the engine's log", f"{header['status']}: {complaint[-500:]}")
+
+    async def _own_run(self, prepared: Prepared, code: str, name: str) -> tuple[dict[str, Any], str, str]:
+        """A run that takes no turn and is not recorded: header, stdout, stderr. Its slot is free afterwards."""
         limits = {**defaults(), "wall_seconds": 20.0}
         request = Run(
-            code=selftest.PROGRAM,
+            code=code,
             language="python",
-            filename="selftest.py",
+            filename=f"{name}.py",
             args=(),
             env={},
             stdin=None,
@@ -275,7 +356,7 @@ class Engine:
             stream=False,
             results=False,
         )
-        run = CellRun(self, made, request, limits, "self-test", None)
+        run = CellRun(self, prepared, request, limits, name, None)
         try:
             header, texts, collected = await run.execute(0.0)
         finally:
@@ -284,15 +365,7 @@ class Engine:
             if cell is not None:
                 await cell.death()  # its slot is the first run's
         collected.close()
-        if header["status"] != "ok":
-            raise Unavailable(
-                "self-test",
-                None,
-                "look at what it says, and at sandboxd doctor",
-                f"the first cell ended with {header['status']}: {texts[1].decode('utf-8', 'replace')[-500:]}",
-            )
-        guest = self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0))
-        selftest.verify(texts[0].decode("utf-8", "replace"), guest, made.zygote.landlock_abi, made.profile)
+        return header, texts[0].decode("utf-8", "replace"), texts[1].decode("utf-8", "replace")
 
     # Runs
 
@@ -315,6 +388,8 @@ class Engine:
         """
         if self._closed:
             raise Unavailable("engine", None, "start a new one", "the engine is closing")
+        if self._draining:
+            raise Busy(DRAINING_SECONDS)
         limits: dict[str, LimitValue] = narrow(prepared.limits, request.limits)
         check_inputs_fit([(path, len(content)) for path, content in request.files], limits)
         identity = secrets.token_hex(8)
@@ -333,6 +408,7 @@ class Engine:
             try:
                 async with self.trail.run(identity, prepared, request, limits, owner) as tell:
                     answer = await run.execute(time.monotonic() - queued)
+                    self.served += answer[0]["status"] != "internal"
                     tell(answer)
             finally:
                 self._leave()
@@ -400,7 +476,7 @@ class Engine:
                 if notice is not None:
                     await notice("admitted")
         except BaseException as error:
-            if turn.done() and not turn.cancelled():
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._leave()  # it had become our turn just then
             if isinstance(error, TimeoutError):
                 raise Busy(1.0) from None
@@ -411,6 +487,15 @@ class Engine:
                 mine.remove(turn)
             if not mine and self._waiting.get(who) is mine:
                 del self._waiting[who]
+
+    def drain(self) -> None:
+        """Begin nothing any more: what is asked for, and what waits for its turn, is *busy*; what runs goes on."""
+        self._draining = True
+        for mine in self._waiting.values():
+            for turn in mine:
+                if not turn.done():
+                    turn.set_exception(Busy(DRAINING_SECONDS))
+        self._waiting.clear()
 
     def _leave(self) -> None:
         """Give the turn to the next in the queue."""

@@ -113,7 +113,9 @@ class Leases:
 
     def offer(self, cell: Cell) -> bool:
         """From the pool: *cell* is parked. False when it cannot be given: then it stays the pool's."""
-        if self._closed or self.lease is not None or self.run is not None or not self._engine.reserve(self):
+        if self._closed or self.lease is not None or self.run is not None or not cell.leaf.counts:
+            return False
+        if not self._engine.reserve(self):
             return False
         alarm = lib.sbx_alarm_new()
         lease = Lease(self, cell, secrets.token_hex(8), alarm)

@@ -176,7 +176,11 @@ def _own_oom(seen: Evidence) -> bool:
 
 def _cpu_is_spent(seen: Evidence) -> bool:
     limit = seen.limits.get("cpu_seconds")
-    return limit is not None and seen.counters is not None and seen.counters.cpu_usec >= limit * 1e6
+    if limit is None:
+        return False
+    if seen.counters is None:  # no cgroup: that it can have been is all that is known
+        return seen.run_seconds * (os.cpu_count() or 1) >= limit
+    return seen.counters.cpu_usec >= limit * 1e6
 
 
 def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:

@@ -11,11 +11,11 @@ from sandboxd.cgroup import LeafLimits
 from sandboxd.zygote import CellPlan, InitSizes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from sandboxd.limits import LimitValue
 
-__all__ = ["BUILT_IN", "Shape", "leaf_limits", "same_shape"]
+__all__ = ["BUILT_IN", "Bare", "Shape", "leaf_limits", "same_shape"]
 
 _MIB: Final = 1 << 20
 TMP_BYTES: Final = 64 * _MIB
@@ -31,6 +31,14 @@ rest is set in the leaf, or is the engine's clock and readers.
 
 
 @dataclass(frozen=True, slots=True)
+class Bare:
+    """A host that gives the engine no cgroups."""
+
+    own_uid: bool
+    """Whether a cell has an id of its own, by which its processes can be counted."""
+
+
+@dataclass(frozen=True, slots=True)
 class Shape:
     """A cell to be: what its leaf, its file systems and its process are given."""
 
@@ -38,9 +46,10 @@ class Shape:
     plan: CellPlan
 
     @classmethod
-    def of(cls, limits: Mapping[str, LimitValue]) -> Shape:
-        """For runs under *limits*."""
-        return cls(leaf_limits(limits), CellPlan(_sizes(limits), _rlimits(limits)))
+    def of(cls, limits: Mapping[str, LimitValue], bare: Bare | None = None) -> Shape:
+        """For runs under *limits*. Without cgroups, *bare* says what rlimits can do in their place."""
+        rlimits = [*_rlimits(limits), *(() if bare is None else _instead(limits, bare))]
+        return cls(leaf_limits(limits), CellPlan(_sizes(limits), list({one[0]: one for one in rlimits}.values())))
 
 
 def same_shape(one: Mapping[str, LimitValue], other: Mapping[str, LimitValue]) -> bool:
@@ -70,6 +79,20 @@ def _sizes(limits: Mapping[str, LimitValue]) -> InitSizes:
         shm_files=TMP_FILES,
         code_bytes=CODE_BYTES,
     )
+
+
+def _instead(limits: Mapping[str, LimitValue], bare: Bare) -> Iterator[tuple[int, int, int]]:
+    """Limits of each process, where there is nothing to hold the run as a whole: its data, its CPU time; and, of its
+    uid, its processes.
+    """
+    memory, pids, cpu = limits["memory_bytes"], limits["pids"], limits["cpu_seconds"]
+    if memory is not None:
+        yield resource.RLIMIT_DATA, int(memory), int(memory)
+    if cpu is not None:
+        most = math.ceil(float(cpu))
+        yield resource.RLIMIT_CPU, most, most + 1  # SIGXCPU first, which tells it from any other kill
+    if pids is not None and bare.own_uid:
+        yield resource.RLIMIT_NPROC, int(pids), int(pids)
 
 
 def _rlimits(limits: Mapping[str, LimitValue]) -> Sequence[tuple[int, int, int]]:

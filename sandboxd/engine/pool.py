@@ -94,7 +94,7 @@ class Pool:
         self._prepared = prepared
         self._settings = engine.config.pool
         self._loop = asyncio.get_running_loop()
-        self._shape = Shape.of(prepared.limits)
+        self._shape = Shape.of(prepared.limits, engine.bare)
         self._parked: list[Cell] = []
         self._making: set[Cell] = set()
         self._waiting: deque[asyncio.Future[Cell]] = deque()
@@ -133,7 +133,7 @@ class Pool:
             except BaseException:
                 self._withdraw(future)
                 raise
-        cell = Cell(self._engine, self._prepared, Shape.of(limits), self)
+        cell = Cell(self._engine, self._prepared, Shape.of(limits, self._engine.bare), self)
         self._special[cell] = future
         self.living += 1
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import rootfs, seccomp
+from sandboxd.cgroup import NoInstance
 from sandboxd.engine.pool import Pool
 from sandboxd.errors import PolicyError, Unavailable
 from sandboxd.interpreter import Interpreter
@@ -172,8 +173,14 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     runtime, wanted = plain["runtime"], plain["require"]
     lacking = [name for name in wanted["cgroup"] if name not in engine.instance.facts()["controllers"]]
     if lacking:
+        if isinstance(engine.instance, NoInstance):
+            raise engine.instance.refusal
         fix = "mount or delegate the controller; sandboxd doctor shows where each one lives"
         raise Unavailable("cgroup", None, fix, f"the policy requires the controllers {', '.join(lacking)}")
+    shared = engine.ids.shared
+    if shared is not None and wanted["own_uid"]:
+        what = f"the policy requires a host uid for each cell ([require] own_uid); {shared.message}"
+        raise Unavailable("ids", shared.errno, shared.fix, what)
     chosen = plain["seccomp"]
     profile = seccomp.effective(chosen["profile"], chosen["allow"], chosen["deny"])
     for name in seccomp.CELLS_NEED:
@@ -205,6 +212,8 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     if marker is not None:
         missing.append(f"seccomp: the errnos of refusals (all answer {marker})")
     missing += [f"cgroup: {what}" for what in engine.instance.facts()["missing"]]
+    if shared is not None:
+        missing.append("own uid: all cells have the id of the engine's user, and its supplementary groups")
     missing += zygote.kept
     if zygote.landlock_abi == 0:
         missing.append("landlock")

@@ -262,7 +262,7 @@ class CellRun:
                     "cell", None, "look at the engine's log", "the new cell ended before its program came"
                 )
             if cell.slot is not None and self.started is not None:
-                counters = cell.leaf.counters()
+                counters = cell.leaf.counters() if cell.leaf.counts else None
             free: tuple[int | None, int | None] = (None, None)
             if cell.fds is not None and cell.fds.workspace >= 0 and self.started is not None:
                 free = workspace.usage(cell.fds.workspace)
@@ -277,6 +277,10 @@ class CellRun:
             log.exception("run %s: its end could not be told", self.id)
             self._cause = "lost"
             return self._tell(queued, setup, run, None, workspace.Collected(), warm)
+
+    def serves(self, prepared: Prepared) -> bool:
+        """Whether its cell is, or was, one of *prepared*'s."""
+        return self.cell is not None and self.cell.prepared is prepared
 
     def close(self) -> None:
         """End the cell, if it still lives, and let go of it."""
@@ -321,8 +325,8 @@ class CellRun:
         source = request.code.encode()
         cell.put_source(source, request.filename)
         if request.files:
-            host_uid = self._engine.slot_ids.host_uid(cell.slot.index)
-            self._known = workspace.put_files(cell.fds.workspace, request.files, host_uid)
+            owner = self._engine.slot_ids.guest_uid(cell.slot.index)
+            self._known = workspace.put_files(cell.prepared.zygote.files, cell.fds.workspace, request.files, owner)
         if request.stdin is None or not len(request.stdin):
             cell.fds.close("stdin")
         else:
@@ -583,7 +587,8 @@ class CellRun:
         if workspace.is_untouched(workspace_fd, self._known):
             return workspace.Collected()
         most = int(self.limits["workspace_bytes"] or UNLIMITED_BYTES)
-        return await asyncio.to_thread(workspace.collect, workspace_fd, self._known, most)
+        by = self._prepared.zygote.files
+        return await asyncio.to_thread(workspace.collect, by, workspace_fd, self._known, most)
 
     def _tell(
         self,

@@ -3,7 +3,7 @@
 Both work on the engine's own descriptor of the cell's tmpfs, never on a path of the host. In: as the cell's uid, before
 any of its code exists. Out: only after the pid namespace is dead, so nobody can change what is being read; still every
 name is opened with openat2 (no symlink, no mount crossed), without blocking, and only regular files with one link
-count.
+count. Who opens and makes files, the engine or a broker: ``sandboxd.cellfiles``; owners are ids inside the namespace.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from sandboxd import native
 from sandboxd.errors import InvalidRequest
 from sandboxd.wire import check_guest_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from sandboxd.cellfiles import CellFiles
 
 __all__ = ["Collected", "Known", "collect", "is_untouched", "make_source", "put_files", "settled", "usage"]
 
@@ -55,35 +56,27 @@ class Collected:
             os.close(fd)
 
 
-def make_source(directory: int, name: str, owner: int) -> int:
-    """Make the program's file in the /code file system as host uid *owner*: readable, not the cell's to change. Returns
-    a descriptor to write it by. Raises OSError.
+def make_source(by: CellFiles, directory: int, name: str, owner: int) -> int:
+    """Make the program's file in the /code file system as *owner*: readable, not the cell's to change. Returns a
+    descriptor to write it by. Raises OSError.
     """
-    with native.as_file_owner(owner, owner):
-        fd = native.open_beneath(directory, name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444)
-    try:
-        os.fchmod(fd, 0o444)  # whatever the engine's umask is
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
+    return by.create(directory, name, 0o444, owner)
 
 
-def put_files(workspace: int, files: Iterable[tuple[str, memoryview]], uid: int) -> Known:
-    """Write input files as the cell's host uid; parents are made. Raises InvalidRequest when they do not fit."""
+def put_files(by: CellFiles, workspace: int, files: Iterable[tuple[str, memoryview]], owner: int) -> Known:
+    """Write input files as the cell's *owner*; parents are made. Raises InvalidRequest when they do not fit."""
     known: Known = {}
     for path, content in files:
         try:
-            with native.as_file_owner(uid, uid):
-                _make_parents(workspace, path)
-                fd = native.open_beneath(workspace, path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            _make_parents(by, workspace, path, owner)
+            fd = by.create(workspace, path, 0o644, owner)
             try:
                 _write_all(fd, content)
                 found = os.fstat(fd)
             finally:
                 os.close(fd)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EPIPE):
                 raise  # the engine's own want
             raise InvalidRequest("files", f"{path!r} cannot be written into the workspace: {error.strerror}") from error
         known[path] = found.st_ino, found.st_ctime_ns
@@ -110,32 +103,28 @@ def is_untouched(workspace: int, known: Known) -> bool:
     """
     if known:
         return False
-    root = os.stat(".", dir_fd=workspace)
+    root = os.fstat(workspace)
     return root.st_nlink == 2 and root.st_size == _EMPTY_BYTES
 
 
-def collect(workspace: int, known: Known, most_bytes: int) -> Collected:
+def collect(by: CellFiles, workspace: int, known: Known, most_bytes: int) -> Collected:
     """Copy out every regular file that is not an unchanged input, at most *most_bytes* in all.
 
     Other kinds, hard links, names that are not UTF-8, what is too deep or over the bounds are counted as skipped.
     """
     found = Collected()
     try:
-        wanted = _walk(workspace, known, found)
         total = names = 0
-        for path, size in sorted(wanted):
+        for path in sorted(_walk(by, workspace, found)):
             names += len(path)
-            if total + size > most_bytes or names > NAMES_BYTES:
-                found.skipped += 1
-                continue
-            if found.fd < 0:
-                found.fd = _memfd()
-            copied = None if found.fd < 0 else _copy(workspace, path, size, found.fd, total)
+            copied = None
+            if names <= NAMES_BYTES:
+                copied = _take(by, workspace, path, known.get(path), found, total, most_bytes)
             if copied is None:
                 found.skipped += 1
-                continue
-            found.files.append((path, copied, total))
-            total += copied
+            elif copied >= 0:
+                found.files.append((path, copied, total))
+                total += copied
         if found.fd >= 0:
             os.ftruncate(found.fd, total)
     except BaseException:
@@ -152,16 +141,15 @@ def _memfd() -> int:
         return -1
 
 
-def _walk(workspace: int, known: Known, found: Collected) -> list[tuple[str, int]]:
-    wanted: list[tuple[str, int]] = []
+def _walk(by: CellFiles, workspace: int, found: Collected) -> list[str]:
+    """The paths of regular files, by what their directories say of them."""
+    wanted: list[str] = []
     seen = 0
     pending: list[tuple[str, int]] = [("", 0)]
     while pending:
         path, depth = pending.pop()
         try:
-            directory = native.open_beneath(
-                workspace, path or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK
-            )
+            directory = by.open_directory(workspace, path or ".")
         except OSError:
             found.skipped += 1
             continue
@@ -173,16 +161,15 @@ def _walk(workspace: int, known: Known, found: Collected) -> list[tuple[str, int
                         found.skipped += 1
                         continue
                     name = f"{path}/{entry.name}" if path else entry.name
-                    facts = entry.stat(follow_symlinks=False)
-                    if stat.S_ISDIR(facts.st_mode):
+                    if entry.is_dir(follow_symlinks=False):
                         if depth < DEPTH:
                             pending.append((name, depth + 1))
                         else:
                             found.skipped += 1
-                    elif not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1 or not _is_plain(name):
+                    elif entry.is_file(follow_symlinks=False) and _is_plain(name):
+                        wanted.append(name)
+                    else:
                         found.skipped += 1
-                    elif known.get(name) != (facts.st_ino, facts.st_ctime_ns):
-                        wanted.append((name, facts.st_size))
         except OSError:
             found.skipped += 1
         finally:
@@ -198,40 +185,55 @@ def _is_plain(name: str) -> bool:
     return True
 
 
-def _copy(workspace: int, path: str, size: int, to: int, offset: int) -> int | None:
+def _take(
+    by: CellFiles,
+    workspace: int,
+    path: str,
+    known: tuple[int, int] | None,
+    found: Collected,
+    offset: int,
+    most_bytes: int,
+) -> int | None:
+    """Copy one file to *offset* of the memfd: its bytes, -1 for an unchanged input, None for what is skipped."""
     try:
-        fd = native.open_beneath(workspace, path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = by.open(workspace, path)
     except OSError:
         return None
     try:
         facts = os.fstat(fd)
         if not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
             return None
-        os.lseek(to, offset, os.SEEK_SET)
-        done = 0
-        while done < size:
-            n = os.sendfile(to, fd, done, min(_COPY, size - done))
-            if n == 0:
-                break
-            done += n
-        return done
+        if known == (facts.st_ino, facts.st_ctime_ns):
+            return -1
+        if offset + facts.st_size > most_bytes:
+            return None
+        if found.fd < 0:
+            found.fd = _memfd()
+        return None if found.fd < 0 else _copy(fd, facts.st_size, found.fd, offset)
     except OSError:  # no memory left for the copy; the next one begins where this one did
         return None
     finally:
         os.close(fd)
 
 
-def _make_parents(workspace: int, path: str) -> None:
+def _copy(fd: int, size: int, to: int, offset: int) -> int:
+    os.lseek(to, offset, os.SEEK_SET)
+    done = 0
+    while done < size:
+        n = os.sendfile(to, fd, done, min(_COPY, size - done))
+        if n == 0:
+            break
+        done += n
+    return done
+
+
+def _make_parents(by: CellFiles, workspace: int, path: str, owner: int) -> None:
     parts = path.split("/")[:-1]
     for count in range(1, len(parts) + 1):
-        above, name = "/".join(parts[: count - 1]) or ".", parts[count - 1]
-        directory = native.open_beneath(workspace, above, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            os.mkdir(name, 0o755, dir_fd=directory)
+            by.mkdir(workspace, "/".join(parts[:count]), 0o755, owner)
         except FileExistsError:
             continue
-        finally:
-            os.close(directory)
 
 
 def _write_all(fd: int, content: bytes | memoryview) -> None:
