@@ -166,6 +166,19 @@ def _find(config: DaemonConfig, name: str, key: str | None = None) -> Path:
         raise PolicyError(error.message, key=key) from None
 
 
+def _read_policy(config: DaemonConfig, name: str) -> dict[str, Any]:
+    """The plain values of the installed policy *name*. For a thread: pydantic takes a third of a start, and the
+    engine works meanwhile. Raises PolicyError.
+    """
+    from sandboxd.policy import load
+
+    file = _find(config, name)
+    found = load(file)
+    if found.name != name:
+        raise PolicyError(f"The file of the policy {name!r} names itself {found.name!r}.", file=str(file), key="name")
+    return found.plain()
+
+
 class Daemon:
     """The engine, its listener and its clients."""
 
@@ -188,6 +201,7 @@ class Daemon:
                 _make_directory(audit)
             self._engine.start()
             try:
+                self._engine.foresee(likely=self._config.default_policy == "default")
                 # The default policy, proved sealed, before anybody is let in.
                 await self._check_network(await self._policy(None))
                 listener.listen(512)
@@ -227,16 +241,9 @@ class Daemon:
         """An installed policy by its name, in force: of policies_dir, then the shipped ones. Files are read when first
         asked for, and again by a restart.
         """
-        from sandboxd.policy import load
-
         chosen = name or self._config.default_policy
         if chosen not in self._plain:
-            file = _find(self._config, chosen)
-            found = load(file)
-            if found.name != chosen:
-                message = f"The file of the policy {chosen!r} names itself {found.name!r}."
-                raise PolicyError(message, file=str(file), key="name")
-            self._plain[chosen] = found.plain()
+            self._plain[chosen] = await asyncio.to_thread(_read_policy, self._config, chosen)
         return await self._engine.prepared(chosen, self._plain[chosen])
 
     def _accept(self, listener: socket.socket) -> None:
