@@ -488,6 +488,7 @@ class Zygote:
             if kind == _WARM and self.learning:
                 self.learning = False
                 self.warm_at = time.monotonic()
+                log.info("what the warm-up touches is known, %.2f s after the zygote's birth", self.warm_at - self.born)
                 continue
             hears = self._cells.get(identity)
             if hears is None:

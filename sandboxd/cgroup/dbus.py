@@ -77,6 +77,11 @@ class Writer:
                 for one in value:
                     self.number(one)
                 self.end(at, 4)
+            case ("as", list()):
+                at = self.array(4)
+                for one in value:
+                    self.string(one)
+                self.end(at, 4)
             case _:
                 raise TypeError(f"no variant {kind} of {value!r}")
 

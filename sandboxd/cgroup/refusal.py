@@ -39,12 +39,16 @@ def _fix(error: OSError, hierarchy: Hierarchy, asked: str) -> str:
         return f"mount -o remount,rw {mount} (in a container: start it with a writable cgroup mount)"
     if hierarchy.version == 2 and systemd.is_manager():
         return _fix_managed(error, hierarchy, asked)
+    if error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() == 0:
+        return "let it have a cgroup namespace of its own, with a writable mount (docker run --cgroupns=private)"
     if error.errno in (errno.EACCES, errno.EPERM):
         return "run it as root, or in a cgroup that belongs to this user: its directory and what is in it"
     if error.errno == errno.EBUSY and hierarchy.version == 2:
+        own = hierarchy.own or mount
         return (
             "other processes live in its cgroup: start it alone there; in a container, before it: "
-            f"mkdir {mount}/init && for p in $(cat {mount}/cgroup.procs); do echo $p > {mount}/init/cgroup.procs; done"
+            f"mkdir {own}/init && for p in $(cat {own}/cgroup.procs); "
+            f"do echo $p > {own}/init/cgroup.procs || true; done"  # cat, for one, is gone
         )
     if error.errno == errno.ENOENT and hierarchy.version == 2:
         wanted = " ".join(f"+{name}" for name in hierarchy.controllers)

@@ -1,4 +1,4 @@
-"""What an engine asks of systemd: a transient scope of its own with Delegate=yes, and whether a unit was delegated.
+"""What an engine asks of systemd: a transient scope of its own, delegated to it, and whether a unit was delegated.
 
 Over the manager's private socket, which is there without any bus daemon: root's is /run/systemd/private, a user's lies
 in $XDG_RUNTIME_DIR. The process to move is named as the one that holds the connection (pid 0), never by a number, which
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from sandboxd.cgroup.dbus import CallError, Connection, Writer
+from sandboxd.cgroup.discovery import CONTROLLERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +71,7 @@ def _manager(path: Path | None) -> Iterator[Connection]:
 
 
 def start_scope(name: str, description: str, path: Path | None = None) -> None:
-    """Move this process, alone, into a new scope *name* that is delegated to it; returns when it is there.
+    """Move this process, alone, into a new scope *name* with CONTROLLERS delegated; returns when it is there.
 
     The scope sets no limit of its own, ends nothing after an OOM kill below it, and goes when its last process does.
     *path* is the manager's socket. Raises Refused, after at most 10 s.
@@ -78,7 +79,7 @@ def start_scope(name: str, description: str, path: Path | None = None) -> None:
     properties: dict[str, tuple[str, object]] = {
         "Description": ("s", description),
         "PIDs": ("au", [0]),
-        "Delegate": ("b", True),
+        "DelegateControllers": ("as", list(CONTROLLERS)),
         "CollectMode": ("s", "inactive-or-failed"),
         "TasksMax": ("t", _ENDLESS),
         "OOMPolicy": ("s", "continue"),

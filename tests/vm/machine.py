@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tests.vm.plan import Leg
+    from tests.vm.plan import Leg, Machine
 
 HERE = Path(__file__).resolve().parent
 TREE = HERE.parent.parent
@@ -60,17 +60,16 @@ class Outcome:
     wrong: str | None = None
 
 
-def boot(
-    built: Built, legs: Sequence[Leg], results: Path, *, older_kernel: bool, memory: int, say: Callable[[str], None]
-) -> Outcome:
+def boot(built: Built, machine: Machine, results: Path, *, memory: int, say: Callable[[str], None]) -> Outcome:
     """From power-on to power-off; the machine is gone afterwards in any case. *results* gets its files."""
+    legs = machine.legs
     _empty(results)
     with tempfile.TemporaryDirectory(dir=Path(built.disk).parent, prefix="run.") as name:
         work = Path(name)
         _pack(work / "payload", Path(built.wheel), legs)
         with (work / "results").open("wb") as file:
             file.truncate(RESULTS_BYTES)
-        wrong = _power(_command(built, older_kernel, work, memory), work, sum(leg.seconds for leg in legs), say)
+        wrong = _power(_command(built, machine, work, memory), work, sum(leg.seconds for leg in legs), say)
         _unpack(work, results)
     statuses = {leg.name: _status(results / leg.name) for leg in legs}
     lines = [f"{leg.name}: status {statuses[leg.name]}; {_summary(results / leg.name)}" for leg in legs]
@@ -102,6 +101,7 @@ def _pack(target: Path, wheel: Path, legs: Sequence[Leg]) -> None:
         place = f"legs/{number:02}-{leg.name}"
         texts[f"{place}/mode"] = leg.mode
         texts[f"{place}/seconds"] = str(leg.seconds)
+        texts[f"{place}/ends_by_reset"] = "yes" if leg.ends_by_reset else "no"
         texts[f"{place}/arguments"] = "".join(f"{one}\0" for one in leg.arguments)
     with tarfile.open(target, "w") as archive:
         for name in names:
@@ -114,8 +114,9 @@ def _pack(target: Path, wheel: Path, legs: Sequence[Leg]) -> None:
             archive.addfile(entry, io.BytesIO(text.encode()))
 
 
-def _command(built: Built, older_kernel: bool, work: Path, memory: int) -> list[str]:
-    kernel, initrd = (built.older_kernel, built.older_initrd) if older_kernel else (built.kernel, built.initrd)
+def _command(built: Built, machine: Machine, work: Path, memory: int) -> list[str]:
+    older = machine.older_kernel
+    kernel, initrd = (built.older_kernel, built.older_initrd) if older else (built.kernel, built.initrd)
     drives = (
         f"file={built.disk},snapshot=on,cache=unsafe",
         f"file={work / 'payload'},readonly=on",
@@ -124,7 +125,8 @@ def _command(built: Built, older_kernel: bool, work: Path, memory: int) -> list[
     return [
         *QEMU,
         *("-m", str(memory), "-kernel", kernel, "-initrd", initrd, "-append", CMDLINE),
-        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-device", "virtio-rng-pci"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-device", "virtio-rng-pci"),
+        *(() if machine.resets else ("-no-reboot",)),  # a panic ends it
         *("-serial", f"file:{work / 'console'}", "-serial", f"file:{work / 'output'}"),
         *(word for drive in drives for word in ("-drive", f"{drive},if=virtio,format=raw")),
     ]
@@ -137,6 +139,7 @@ def _power(command: list[str], work: Path, seconds: int, say: Callable[[str], No
         (work / name).touch()
     offset = 0
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, env={**os.environ, "TMPDIR": str(work)}) as machine:
+        _running.add(machine)
         try:
             while True:
                 status: int | None = None
@@ -155,7 +158,17 @@ def _power(command: list[str], work: Path, seconds: int, say: Callable[[str], No
                 if spent > START_SECONDS + seconds + END_SECONDS:
                     return f"it did not power off within {spent:.0f} s"
         finally:
+            _running.discard(machine)
             machine.kill()  # nothing to a machine that has ended
+
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def end_all() -> None:
+    """Power off every machine of this process."""
+    for machine in list(_running):
+        machine.kill()
 
 
 def _unpack(work: Path, results: Path) -> None:

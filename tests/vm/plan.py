@@ -18,6 +18,8 @@ class Leg:
     mode: Mode
     arguments: tuple[str, ...]
     seconds: int = 1200
+    ends_by_reset: bool = False
+    """It resets the machine; the next leg begins with the next boot."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Machine:
     name: str
     legs: tuple[Leg, ...]
     older_kernel: bool = False
+
+    @property
+    def resets(self) -> bool:
+        """Whether it may boot more than once."""
+        return any(leg.ends_by_reset for leg in self.legs)
 
 
 REFUSED = ("tests/test_attacks.py", "-k", "test_attack_is_refused and not strict or neighbour or bait or size")
@@ -54,6 +61,13 @@ MACHINES = (
             Leg("one-id", "rootless-one-id", REFUSED),
             Leg("one-id-engine", "rootless-one-id", ("tests/rootless",)),
             Leg("attacks", "root", ("tests/test_attacks.py",)),
+        ),
+    ),
+    Machine(
+        "reset",
+        (
+            Leg("until-reset", "root", ("tests/test_reset.py", "-k", "until"), 300, ends_by_reset=True),
+            Leg("after-reset", "root", ("tests/test_reset.py", "-k", "after"), 300),
         ),
     ),
     Machine(
