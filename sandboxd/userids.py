@@ -106,15 +106,19 @@ def why_one_id(etc: StrPath = "/etc") -> Unavailable | None:
     return None
 
 
-def claim(config: str | None, etc: StrPath = "/etc", places: list[str] | None = None) -> ids.IdBlock:
+def claim(
+    config: str | None, etc: StrPath = "/etc", places: list[str] | None = None, slots: int = ids.MAX_SLOTS
+) -> ids.IdBlock:
     """As ``ids.claim``, for an engine that is not root. Without subordinate ids the block is the user's own id, shared
-    by all cells: ``IdBlock.shared`` says why.
+    by all cells: ``IdBlock.shared`` says why. What a user is granted is 65,536 ids as a rule, so an engine takes no
+    larger block than *slots* cells need.
     """
     shared = why_one_id(etc)
     if shared is not None:
         return ids.IdBlock(ids.IdRange(os.geteuid(), 1), [], gid=os.getegid(), shared=shared)
     granted = ids.intersect(*ids.subordinate_ranges(etc=etc))
-    blocks, origin = ids.own_candidates(config, granted, etc)
+    few = ids.FIRST_CELL_ID + slots <= ids.MIN_BLOCK
+    blocks, origin = ids.own_candidates(config, granted, etc, ids.MIN_BLOCK if few else ids.EXPLICIT_BLOCK)
     first = next(blocks, None)
     if first is None:
         raise Unavailable(
