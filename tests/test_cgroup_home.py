@@ -124,6 +124,20 @@ def test_user_never_takes_what_is_the_users_managers(
     assert roots(found) == [f"{MANAGER}/{path}" for path in expected]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives directories to another uid, which needs root")
+@pytest.mark.parametrize("below", ["", "/main", "/sandboxd.7.8/engine"])
+def test_system_service_of_a_user_takes_what_it_was_given(
+    mount: Path, marked: set[str], monkeypatch: pytest.MonkeyPatch, below: str
+) -> None:
+    assert not marked  # a version of systemd that marks what only root can read
+    unit = "system.slice/sandboxd.service"
+    found = hierarchy(mount, f"{unit}{below}")
+    for directory, _, _ in os.walk(mount / unit):
+        os.chown(directory, USER, USER)
+    as_host(monkeypatch, managed=True, uid=USER)
+    assert roots(found) == ([f"{unit}/main", unit] if below == "/main" else [unit])
+
+
 def test_read_only_mount_is_not_asked_for(mount: Path) -> None:
     with pytest.raises(systemd.Refused, match="read-only"):
         home.ask_systemd(Hierarchy(2, str(mount), CONTROLLERS, str(mount), read_only=True))

@@ -188,6 +188,14 @@ def as_user(entry: pwd.struct_passwd) -> tuple[str, ...]:
     return ("--user", f"--machine={entry.pw_name}@")
 
 
+@pytest.mark.parametrize("subgroup", [(), ("-p", "DelegateSubgroup=main")], ids=["delegated", "subgroup"])
+def test_system_service_of_a_user_lives_in_its_unit(user: pwd.struct_passwd, subgroup: tuple[str, ...]) -> None:
+    answer = unit(MAIN, f"--uid={user.pw_name}", "-p", "Delegate=yes", *subgroup)
+    assert "engine" in answer, answer
+    assert re.fullmatch(r"/system\.slice/run-[^/]+\.service/" + ENGINE, answer["engine"]), answer
+    assert_enforced(answer)
+
+
 @pytest.mark.parametrize("given", ["service-of-root", "plain", "delegated", "subgroup"])
 def test_users_engine_lives_below_the_users_manager(user: pwd.struct_passwd, given: str) -> None:
     slice_ = rf"/user\.slice/user-{user.pw_uid}\.slice/user@{user.pw_uid}\.service/app\.slice/"

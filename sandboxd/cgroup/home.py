@@ -39,7 +39,8 @@ def _is_marked(path: str) -> bool:
 def _is_delegated(path: str, managed: bool) -> bool:
     """Whether a directory was handed over to us: marked so, or our uid's (root's is every one, so that says nothing).
 
-    A user's directories may also be its manager's: a unit there is ours only if the manager says so, which marks none.
+    The system's manager gives a directory to a user (User=) only when it delegates it. A user's own manager owns all of
+    its directories, too: a unit there is ours only if that manager says so, which marks none.
     """
     name = os.path.basename(path)
     if os.geteuid() == 0:
@@ -52,6 +53,8 @@ def _is_delegated(path: str, managed: bool) -> bool:
         return mine
     if not name.endswith((".service", ".scope")) or name.startswith("user@"):
         return False
+    if "/user@" not in path:
+        return True
     try:
         return systemd.unit_is_delegated(name)
     except systemd.Refused:

@@ -1,4 +1,4 @@
-"""What an engine asks of systemd: a transient scope of its own, delegated to it, and whether a unit was delegated.
+"""What an engine asks of systemd: a delegated scope of its own, and whether a unit was delegated to what runs in it.
 
 Over the manager's private socket, which is there without any bus daemon: root's is /run/systemd/private, a user's lies
 in $XDG_RUNTIME_DIR. The process to move is named as the one that holds the connection (pid 0), never by a number, which
