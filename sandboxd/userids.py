@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["claim", "helper_problem", "lock_directories", "map_ids", "privileges", "why_one_id"]
 
 LOCK_NAME: Final = "sandboxd-ids.lock"
-SERVICE_DIRECTORY: Final = "/run/sandboxd"
-"""The service's RuntimeDirectory, its user's own: such a user has no session."""
+SERVICE_DIRECTORIES: Final = ("/run/sandboxd", "/var/lib/sandboxd")
+"""Of the service, whose user has no session; at least the second is that user's own, as its unit's StateDirectory."""
 HELPER_SECONDS: Final = 20.0
 _SETGID, _SETUID = 6, 7
 _GRANT: Final = "usermod --add-subuids 1000000-1065535 --add-subgids 1000000-1065535 {user}"
@@ -156,7 +156,7 @@ def lock_directories(places: list[str] | None = None, environment: Mapping[str, 
     """
     uid = os.geteuid()
     if places is None:
-        places = [f"/run/user/{uid}", SERVICE_DIRECTORY]
+        places = [f"/run/user/{uid}", *SERVICE_DIRECTORIES]
         if environment.get("XDG_RUNTIME_DIR", "").startswith("/"):
             places.append(environment["XDG_RUNTIME_DIR"])
         with suppress(KeyError):
