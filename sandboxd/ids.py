@@ -302,8 +302,10 @@ def mapping_helpers() -> tuple[str | None, str | None]:
 _HELPERS = "/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin:/run/wrappers/bin"
 
 
-def claim(config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPath = LOCK_FILE) -> IdBlock:
-    """Claim a block of host ids that no other engine of this host holds.
+def claim(
+    config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPath = LOCK_FILE, slots: int = MAX_SLOTS
+) -> IdBlock:
+    """Claim a block of host ids that no other engine of this host holds, for *slots* cells or more.
 
     The claim is an open-file-description write lock on the block's own byte range of *lock_file*, one byte per id:
     blocks of different size conflict exactly when they overlap, and the kernel drops the lock with the last descriptor
@@ -318,7 +320,7 @@ def claim(config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPat
     if os.geteuid() != 0:
         from sandboxd import userids
 
-        return userids.claim(config, etc)
+        return userids.claim(config, etc, slots=slots)
     blocks, origin = _candidates(config, etc)
     first = next(blocks, None)
     if first is None:
@@ -367,15 +369,19 @@ def lock_all(fds: Sequence[int], block: IdRange) -> bool:
     return True
 
 
-def own_candidates(config: str | None, granted: Sequence[IdRange], etc: StrPath) -> tuple[Iterator[IdRange], str]:
-    """As ``_candidates``, for a user whom *granted* is granted: nothing else can be mapped, configured or not."""
+def own_candidates(
+    config: str | None, granted: Sequence[IdRange], etc: StrPath, size: int
+) -> tuple[Iterator[IdRange], str]:
+    """As ``_candidates``, in blocks of *size*, for a user whom *granted* is granted: nothing else can be mapped,
+    configured or not.
+    """
     mapped = intersect(_id_map("uid"), _id_map("gid"))
     taken = [*login_ids(_read(etc, "passwd")), *login_ids(_read(etc, "group"))]
     if config is None:
-        return _offers(granted, EXPLICIT_BLOCK, mapped, taken), "what /etc/subuid and /etc/subgid grant"
+        return _offers(granted, size, mapped, taken), "what /etc/subuid and /etc/subgid grant"
     configured = _configured(config)
     allowed = [area for area in granted if area.contains(configured)]
-    return _offers([configured] if allowed else [], EXPLICIT_BLOCK, mapped, taken), f"the configured range {config}"
+    return _offers([configured] if allowed else [], size, mapped, taken), f"the configured range {config}"
 
 
 def _configured(config: str) -> IdRange:

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 __all__ = ["claim", "helper_problem", "lock_directories", "map_ids", "privileges", "why_one_id"]
 
 LOCK_NAME: Final = "sandboxd-ids.lock"
-SERVICE_DIRECTORY: Final = "/run/sandboxd"
-"""The service's RuntimeDirectory, its user's own: such a user has no session."""
+SERVICE_DIRECTORIES: Final = ("/run/sandboxd", "/var/lib/sandboxd")
+"""Of the service, whose user has no session; at least the second is that user's own, as its unit's StateDirectory."""
 HELPER_SECONDS: Final = 20.0
 _SETGID, _SETUID = 6, 7
 _GRANT: Final = "usermod --add-subuids 1000000-1065535 --add-subgids 1000000-1065535 {user}"
@@ -106,15 +106,19 @@ def why_one_id(etc: StrPath = "/etc") -> Unavailable | None:
     return None
 
 
-def claim(config: str | None, etc: StrPath = "/etc", places: list[str] | None = None) -> ids.IdBlock:
+def claim(
+    config: str | None, etc: StrPath = "/etc", places: list[str] | None = None, slots: int = ids.MAX_SLOTS
+) -> ids.IdBlock:
     """As ``ids.claim``, for an engine that is not root. Without subordinate ids the block is the user's own id, shared
-    by all cells: ``IdBlock.shared`` says why.
+    by all cells: ``IdBlock.shared`` says why. What a user is granted is 65,536 ids as a rule, so an engine takes no
+    larger block than *slots* cells need.
     """
     shared = why_one_id(etc)
     if shared is not None:
         return ids.IdBlock(ids.IdRange(os.geteuid(), 1), [], gid=os.getegid(), shared=shared)
     granted = ids.intersect(*ids.subordinate_ranges(etc=etc))
-    blocks, origin = ids.own_candidates(config, granted, etc)
+    few = ids.FIRST_CELL_ID + slots <= ids.MIN_BLOCK
+    blocks, origin = ids.own_candidates(config, granted, etc, ids.MIN_BLOCK if few else ids.EXPLICIT_BLOCK)
     first = next(blocks, None)
     if first is None:
         raise Unavailable(
@@ -152,7 +156,7 @@ def lock_directories(places: list[str] | None = None, environment: Mapping[str, 
     """
     uid = os.geteuid()
     if places is None:
-        places = [f"/run/user/{uid}", SERVICE_DIRECTORY]
+        places = [f"/run/user/{uid}", *SERVICE_DIRECTORIES]
         if environment.get("XDG_RUNTIME_DIR", "").startswith("/"):
             places.append(environment["XDG_RUNTIME_DIR"])
         with suppress(KeyError):

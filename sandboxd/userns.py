@@ -18,7 +18,7 @@ from sandboxd.errors import Unavailable
 
 __all__ = ["causes", "explained"]
 
-_STAGES: Final = ("clone", "maps", "private", "root", "mounts", "pivot", "hostname", "proc", "forgo")
+_STAGES: Final = ("clone", "ids", "maps", "private", "root", "mounts", "pivot", "hostname", "proc", "forgo")
 
 
 def causes(root: Path = Path("/")) -> list[tuple[str, str]]:

@@ -706,6 +706,8 @@ def _end(pidfd: int) -> None:
 def _map_ids(pid: int, ids: IdBlock) -> None:
     try:
         userids.map_ids(pid, ids)
+    except Unavailable as error:
+        raise userns.explained(error) from error
     except OSError as error:
         raise userns.explained(unavailable(Stage.MAPS, error.errno or errno.EIO)) from error
 

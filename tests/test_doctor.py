@@ -386,3 +386,46 @@ def test_doctor_seals_a_cell_and_shows_the_receipt() -> None:
     assert report["ok"], [wall for wall in report["walls"] if wall["modes"][report["mode"]]["state"] != "in force"]
     assert done.returncode == 0
     assert report["proof"]["isolation"]["network"]
+
+
+def own_uid(mode: doctor.Mode, **changed: Any) -> doctor.Finding:
+    """What is said of ids in *mode* when the subordinate ids are as *changed*."""
+    answers = {**ANSWERS, "subordinate_ids": {**ANSWERS["subordinate_ids"]}}
+    answers["subordinate_ids"]["detail"] = {**ANSWERS["subordinate_ids"]["detail"], **changed}
+    found = doctor.walls(mode, answers, None if mode != "root" else answers)
+    return next(wall for wall in found if wall.name == "own-uid").modes["rootless"]
+
+
+def test_helpers_without_rights_are_missing() -> None:
+    finding = own_uid("rootless", problems=["is neither setuid root nor has file capabilities", ""])
+    assert finding.state == "missing"
+    assert finding.detail.startswith("newuidmap is neither")
+    assert "uidmap" in finding.fix
+
+
+def test_no_new_privs_makes_helpers_useless_and_capabilities_do_without_them() -> None:
+    finding = own_uid("rootless", no_new_privs=True)
+    assert finding.state == "missing"
+    assert "no_new_privs" in finding.detail
+    assert own_uid("rootless", no_new_privs=True, capable=True, helpers=[None, None]).state == "in force"
+    assert own_uid("root", no_new_privs=True).state == "unknown"  # it is this process's, not that user's
+
+
+def test_every_user_may_run_an_engine() -> None:
+    for mode in doctor.MODES:
+        found = doctor.walls(mode, ANSWERS, ANSWERS if mode == "root" else None)
+        assert next(wall for wall in found if wall.name == "engine").modes[mode].state == "in force"
+
+
+def test_the_switch_behind_a_refusal_is_named_for_ordinary_users_only() -> None:
+    switch = ["kernel.apparmor_restrict_unprivileged_userns is 1", "a profile"]
+    answers = {
+        **ANSWERS,
+        "rootfs": refused(errno.EACCES),
+        "switches": {"errno": 0, "step": "", "detail": [switch]},
+    }
+    modes = next(wall for wall in doctor.walls("root", ANSWERS | {"switches": answers["switches"]}, answers)).modes
+    assert modes["root"].state == "in force"
+    rootfs = next(wall for wall in doctor.walls("rootless", answers, None) if wall.name == "rootfs")
+    assert rootfs.modes["rootless"].fix == "a profile"
+    assert "apparmor_restrict" in rootfs.modes["rootless"].detail

@@ -124,9 +124,9 @@ class Engine:
             except Unavailable as refusal:
                 # Whether that will do is the policy's to say: [require] cgroup (prepared.py).
                 self.instance = undo.enter_context(cgroup.NoInstance(refusal))
-            self.ids = undo.enter_context(ids.claim(self.config.ids))
             # Beside those that run: parked ones, and those that are dying.
             wanted = running + max(SPARE_SLOTS, running + 2 * self.config.pool.maximum)
+            self.ids = undo.enter_context(ids.claim(self.config.ids, slots=wanted))
             self.slot_ids = self.ids.slots(wanted)
             if running > self.slot_ids.capacity:
                 raise Unavailable(

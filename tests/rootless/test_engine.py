@@ -167,6 +167,9 @@ def test_a_claim_holds_in_every_place_that_two_engines_share(tmp_path: Path) -> 
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     for one in (first, second, third):
         one.mkdir(mode=0o700)
+    with userids.claim(None, slots=100) as small, userids.claim(None, slots=2000) as large:
+        assert (small.count, large.count) == (ids.MIN_BLOCK, ids.EXPLICIT_BLOCK)
+        assert not small.base <= large.base < small.base + small.count
     config = f"{ids.intersect(*ids.subordinate_ranges())[0].base}:8192"
     with userids.claim(config, places=[str(first), str(second)]) as held:
         assert held.helpers is not userids.privileges()[0]
