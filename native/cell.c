@@ -315,8 +315,9 @@ fork_cell(const struct sbx_cell_limits *request, const int *fds, enum sbx_stage 
     return pid;
 }
 
-/* What became of one request of the nursery: in the zygote, in the cell, in a cell that a run waits for. */
-enum { SERVED = 0, FORKED = 1, WANTED = 2, GONE = 3 };
+/* What became of one request of the nursery: in the zygote, in the cell, in a cell that a run waits for. Beside these
+ * serve() returns READABLE. */
+enum { SERVED = 0, FORKED = 1, WANTED = 2, READABLE = 3, GONE = 4 };
 
 /* One request of the nursery. Returns one of these, or a negated errno. */
 static int
@@ -456,10 +457,10 @@ cell_prepare(PyObject *self, PyObject *args)
     return PyLong_FromLong(seal.landlock_abi);
 }
 
-PyDoc_STRVAR(serve_doc, "serve(engine, nursery) -> int\n\n"
+PyDoc_STRVAR(serve_doc, "serve(engine, nursery, until=-1) -> int\n\n"
 "Fork cells for the nursery on the descriptor *nursery*, and tell the engine on *engine* what became of them. Returns\n"
-"1 in each cell, sealed, with its streams at 0 to 2 and its own channel at 3, or 2 when a run waits for it; 0 in the\n"
-"zygote when the engine or the nursery has gone. Raises OSError.");
+"1 in each cell, sealed, with its streams at 0 to 2 and its own channel at 3, or 2 when a run waits for it; in the\n"
+"zygote 0 when the engine or the nursery has gone, and 3 when *until* can be read: serve again then. Raises OSError.");
 
 static PyObject *
 cell_serve(PyObject *self, PyObject *args)
@@ -467,12 +468,12 @@ cell_serve(PyObject *self, PyObject *args)
     struct {
         int fd;
         short events, revents;
-    } polls[3] = {{.events = 0}, {.events = 1}, {.events = 1}};
+    } polls[4] = {{.events = 0}, {.events = 1}, {.events = 1}, {.events = 1}}; /* below 0 a descriptor is passed over */
     uint64_t sigchld = 1ULL << (SBX_SIGCHLD - 1);
-    int engine, nursery, signals, r = 0;
+    int engine, nursery, until = -1, signals, r = 0;
 
     (void)self;
-    if (!PyArg_ParseTuple(args, "ii:serve", &engine, &nursery))
+    if (!PyArg_ParseTuple(args, "ii|i:serve", &engine, &nursery, &until))
         return NULL;
     if (!seal.prepared) {
         PyErr_SetString(PyExc_RuntimeError, "prepare() comes first");
@@ -483,10 +484,11 @@ cell_serve(PyObject *self, PyObject *args)
     polls[0].fd = engine;
     polls[1].fd = nursery;
     polls[2].fd = signals;
+    polls[3].fd = until;
     if (signals < 0)
         r = signals;
     while (r >= 0) {
-        long n = sbx_call(SBX_NR_poll, polls, 3, -1);
+        long n = sbx_call(SBX_NR_poll, polls, ARRAY_SIZE(polls), -1);
 
         if (n == -SBX_EINTR)
             continue;
@@ -502,6 +504,10 @@ cell_serve(PyObject *self, PyObject *args)
                 break;
             if (r > SERVED)
                 return PyLong_FromLong(r);
+        }
+        if (r >= 0 && polls[3].revents) {
+            sbx_close(signals); /* SIGCHLD stays blocked: one that comes in between is there for the next call */
+            return PyLong_FromLong(READABLE);
         }
     }
     if (r >= 0)

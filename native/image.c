@@ -653,32 +653,37 @@ image_record(PyObject *self, PyObject *args)
 }
 
 PyDoc_STRVAR(remember_doc, "remember(fd) -> int\n\n"
-"Keep what record() writes to the other end of *fd*, until its end, for populate(). A range of zeros ends the first part\n"
-"of what populate() does. Returns the pages. Raises OSError.");
+"Keep what record() writes to the other end of *fd*, until its end, for populate(); behind what is kept already. A range\n"
+"of zeros ends a part of what populate() does. Returns the pages that came. Raises OSError.");
 
 static PyObject *
 image_remember(PyObject *self, PyObject *args)
 {
-    const size_t room = RANGES * sizeof(struct range);
+    const size_t room = RANGES * sizeof(struct range), known = image.nrecorded;
+    size_t length = known * sizeof(struct range);
     uint64_t pages = 0;
-    size_t length = 0;
     long r, n;
     int fd;
 
     (void)self;
     if (!PyArg_ParseTuple(args, "i:remember", &fd))
         return NULL;
-    r = map_anonymous(0, room, PROT_R | PROT_W);
+    if (image.recorded == NULL) {
+        r = map_anonymous(0, room, PROT_R | PROT_W);
+        if (!is_error(r))
+            image.recorded = (const struct range *)(uintptr_t)r;
+    } else {
+        r = sbx_call(NR_mprotect, image.recorded, room, PROT_R | PROT_W);
+    }
     if (is_error(r))
         return raise_errno(r);
     do {
-        n = sbx_call(SBX_NR_read, fd, r + (long)length, room - length);
+        n = sbx_call(SBX_NR_read, fd, (uintptr_t)image.recorded + length, room - length);
         length += n > 0 ? (size_t)n : 0;
     } while (n == -SBX_EINTR || (n > 0 && length < room));
-    sbx_call(NR_mprotect, r, room, PROT_R);
-    image.recorded = (const struct range *)(uintptr_t)r;
-    image.nrecorded = n < 0 ? 0 : length / sizeof(struct range);
-    for (size_t i = 0; i < image.nrecorded; i++)
+    sbx_call(NR_mprotect, image.recorded, room, PROT_R);
+    image.nrecorded = n < 0 ? known : length / sizeof(struct range);
+    for (size_t i = known; i < image.nrecorded; i++)
         pages += (image.recorded[i].end - image.recorded[i].start) / PAGE;
     return PyLong_FromUnsignedLongLong(pages);
 }

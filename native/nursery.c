@@ -12,7 +12,7 @@
  * until the broker runs). When the engine is gone (end of file on 3, or 5 readable) or the zygote or the broker is, the
  * nursery exits, and the kernel takes every process of these pid namespaces with it.
  *
- * Without arguments it is none, but holds a new user namespace until the engine has mapped its ids (spawn.c).
+ * By the name of "one-id" it serves a namespace that maps a single id. Without arguments it is none, but holds a new user namespace until the engine has mapped its ids (spawn.c).
  *
  * A request is served in one go: init made, the engine told, the zygote asked to fork the cell. Nobody waits here for the
  * fork, which takes longer: the next init is made beside it.
@@ -452,9 +452,7 @@ nursery_main(long *stack)
     if (argc < 2 || polls[2].fd < 0 || home_netns < 0 || sbx_no_new_privs() < 0 ||
         sbx_call(SBX_NR_socketpair, 1 /* AF_UNIX */, 5 /* SOCK_SEQPACKET */ | SBX_O_CLOEXEC, 0, pair) < 0)
         quit(3);
-    one_id = sbx_file_ids(INIT_ID, INIT_ID) < 0;
-    if (sbx_file_ids(0, 0) < 0)
-        quit(3);
+    one_id = argv[0][0] == 'o';
     zygote_channel = pair[0];
     broker = with_broker ? start_broker() : 0;
     if (broker < 0)

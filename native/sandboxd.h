@@ -129,7 +129,8 @@ int sbx_seccomp_install(const struct sbx_filter *filter);
  *     engine -> nursery    sbx_make_request: make an init, then have the zygote fork the cell
  *     nursery -> engine    sbx_event MADE with descriptors, or REFUSED; later DEAD: the init, and so the pid namespace
  *     nursery -> zygote    sbx_fork_request with descriptors
- *     zygote -> engine     sbx_event REFUSED: no cell was forked; or, once, EXITED: the cell was, and is reaped
+ *     zygote -> engine     sbx_event REFUSED: no cell was forked; or, once, EXITED: the cell was, and is reaped;
+ *                          once, where there is a warm-up, WARM
  */
 struct sbx_cell_limits {
     uint32_t uid; /* within the user namespace; also the gid */
@@ -154,10 +155,17 @@ struct sbx_fork_request {
     struct sbx_cell_limits cell;
 };
 
-enum sbx_event_kind { SBX_EVENT_MADE = 1, SBX_EVENT_REFUSED = 2, SBX_EVENT_DEAD = 3, SBX_EVENT_EXITED = 4 };
+enum sbx_event_kind {
+    SBX_EVENT_MADE = 1,
+    SBX_EVENT_REFUSED = 2,
+    SBX_EVENT_DEAD = 3,
+    SBX_EVENT_EXITED = 4,
+    SBX_EVENT_WARM = 5,
+};
 
 /* MADE carries: pidfd of the init, mounts of /workspace and /code, the engine's ends of stdin, stdout, stderr and of the
- * cell's channel. REFUSED says where. EXITED says how: code and status as in siginfo_t. */
+ * cell's channel. REFUSED says where. EXITED says how: code and status as in siginfo_t. WARM is of no cell: those that
+ * are forked from now on know what the warm-up touches. */
 #define SBX_MADE_FDS 7
 struct sbx_event {
     uint32_t kind, id;

@@ -161,8 +161,11 @@ class Broker:
         sent = lib.sbx_send_fds(fd, request, len(request), ffi.new("int[]", [directory]), 1)
         if sent == -errno.EBADF:
             return errno.EBADF, -1
-        self._nfds[0] = 1
-        size = lib.sbx_recv_fds(fd, self._answer, _ANSWER.size, self._fds, self._nfds) if sent >= 0 else sent
+        self._nfds[0] = 0  # nothing came yet
+        size = sent
+        if sent >= 0:
+            self._nfds[0] = 1
+            size = lib.sbx_recv_fds(fd, self._answer, _ANSWER.size, self._fds, self._nfds)
         if size != _ANSWER.size:
             self._broken = True  # an answer that came late would be taken for the next one's
             lib.sbx_close_all(self._fds, self._nfds[0])

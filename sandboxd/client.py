@@ -190,7 +190,8 @@ class Sandbox(Closing):
                     "audit": None if audit is None else {"path": os.path.abspath(audit)},
                     "walls_down": list(_walls_down),
                     "marker_errno": _marker_errno,
-                }
+                },
+                likely=policy == "default",
             )
             from sandboxd.policy import load
 

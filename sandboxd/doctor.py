@@ -36,7 +36,6 @@ MODES: dict[Mode, str] = {
 NOBODY = 65534
 PROBE_SECONDS = 120
 
-ROOTLESS_LATER = "an engine of an ordinary user comes in a later version of sandboxd; until then run it as root"
 REPORT_IT = "this is no refusal of the kernel's but a failure of sandboxd or its installation: please report it"
 ASK_AS_USER = "run `sandboxd doctor` as that user"
 
@@ -95,11 +94,13 @@ class Report:
         }
 
 
-def current_mode(uid: int, ranges: list[Any], helpers: list[Any]) -> Mode:
-    """In which of MODES a process of *uid* is, with the subordinate id *ranges* and mapping *helpers* that it has."""
+def current_mode(uid: int, ranges: list[Any], helpers: list[Any], capable: bool = False) -> Mode:
+    """In which of MODES a process of *uid* is, with the subordinate id *ranges* and mapping *helpers* that it has, or
+    *capable* of mapping without them.
+    """
     if uid == 0:
         return "root"
-    return "rootless" if ranges and all(helpers) else "rootless-one-id"
+    return "rootless" if ranges and (capable or all(helpers)) else "rootless-one-id"
 
 
 def survey() -> Report:
@@ -108,7 +109,8 @@ def survey() -> Report:
     own = _probe([])
     ordinary = _probe(["--as", str(NOBODY)]) if uid == 0 else None
     subordinate = _granted(own)
-    mode = current_mode(uid, subordinate["ranges"], subordinate["helpers"])
+    usable = [path if not problem else None for path, problem in zip(*_helpers(subordinate), strict=True)]
+    mode = current_mode(uid, subordinate["ranges"], usable, subordinate.get("capable", False))
     return Report(mode, walls(mode, own, ordinary), host.facts())
 
 
@@ -152,6 +154,14 @@ def walls(mode: Mode, own: Mapping[str, dict[str, Any]], ordinary: Mapping[str, 
     """
     user = own if ordinary is None else ordinary
     as_root = own if mode == "root" else None
+    switches = own["switches"]["detail"] if own["switches"]["errno"] == 0 else []
+
+    def explained(finding: Finding) -> Finding:
+        """With the host's settings that are behind a refusal."""
+        if finding.state != "missing" or finding.fix == REPORT_IT or not switches:
+            return finding
+        why = ", ".join(one[0] for one in switches)
+        return Finding("missing", f"{finding.detail}; {why}", "; ".join(one[1] for one in switches))
 
     def everywhere(
         name: str, stops: str, probe: str, detail: Callable[[Any], str], fix: Callable[[int | None], str]
@@ -162,7 +172,7 @@ def walls(mode: Mode, own: Mapping[str, dict[str, Any]], ordinary: Mapping[str, 
     def by_user(
         name: str, stops: str, probe: str, detail: Callable[[Any], str], fix: Callable[[int | None], str]
     ) -> Wall:
-        rootless = _finding(user[probe], detail, fix)
+        rootless = explained(_finding(user[probe], detail, fix))
         unasked = Finding("unknown", "only root can tell", "run `sandboxd doctor` as root")
         root = unasked if as_root is None else _finding(as_root[probe], detail, fix)
         return Wall(name, stops, {"root": root, "rootless": rootless, "rootless-one-id": rootless})
@@ -220,14 +230,23 @@ def _granted(own: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return dict(asked["detail"]) if asked["errno"] == 0 else {"ranges": [], "helpers": []}
 
 
+def _helpers(granted: Mapping[str, Any]) -> tuple[list[str | None], list[str]]:
+    """newuidmap and newgidmap, and what is wrong with each."""
+    paths: list[str | None] = list(granted["helpers"]) or [None, None]
+    return paths, list(granted.get("problems") or ("" if path else "is not installed" for path in paths))
+
+
 def _engine() -> dict[Mode, Finding]:
     problems = host.platform_problems(
         os.uname().machine, os.uname().release, sys.version_info[:2], wide=sys.maxsize > 1 << 32
     )
     if problems:
         return dict.fromkeys(MODES, Finding("missing", "; ".join(problems), "use a supported host"))
-    later = Finding("missing", "not in this version", ROOTLESS_LATER)
-    return {"root": Finding("in force", "root may"), "rootless": later, "rootless-one-id": later}
+    return {
+        "root": Finding("in force", "root may"),
+        "rootless": Finding("in force", "any user may, with ids of its own for cells"),
+        "rootless-one-id": Finding("in force", "any user may, under policies that do not require own_uid"),
+    }
 
 
 def _own_uid(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Finding]:
@@ -244,9 +263,22 @@ def _own_uid(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Findin
             "in force", f"host ids {detail['base']} to {detail['base'] + detail['count'] - 1} were mapped and used"
         )
     granted = _granted(own)
-    if not granted["helpers"] or not all(granted["helpers"]):
+    capable = granted.get("capable", False)
+    helpers, problems = _helpers(granted)
+    wrong = [
+        f"{name} {problem}"
+        for name, path, problem in zip(("newuidmap", "newgidmap"), helpers, problems, strict=True)
+        if problem or not path
+    ]
+    if wrong and not capable:
         rootless = Finding(
-            "missing", "newuidmap and newgidmap are not installed", "install the package uidmap (shadow-utils)"
+            "missing", "; ".join(wrong), "install the package uidmap (shadow-utils), whole: its programs are setuid"
+        )
+    elif mode != "root" and granted.get("no_new_privs") and not capable:
+        rootless = Finding(
+            "missing",
+            "this process is under no_new_privs, so newuidmap has no rights",
+            "run it outside of what set that, or give it the ambient capabilities CAP_SETUID and CAP_SETGID",
         )
     elif mode == "root":
         rootless = Finding("unknown", "depends on the user's entries in /etc/subuid and /etc/subgid", ASK_AS_USER)
@@ -254,11 +286,15 @@ def _own_uid(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Findin
         rootless = Finding(
             "missing",
             "/etc/subuid and /etc/subgid grant this user nothing",
-            "usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER",
+            "usermod --add-subuids 1000000-1065535 --add-subgids 1000000-1065535 USER",
         )
     else:
         base, count = granted["ranges"][0]
         rootless = Finding("in force", f"{count} ids from {base} on are granted")
+        if asked["errno"] != 0:
+            rootless = _refusal(asked, "see what refuses it: an AppArmor profile, a container's seccomp profile")
+        elif "unavailable" in asked["detail"]:
+            rootless = Finding("missing", asked["detail"]["text"], asked["detail"]["unavailable"]["fix"])
     one = Finding(
         "missing", "one id can be mapped, so all cells would share it", "grant subordinate ids, or run as root"
     )
@@ -282,16 +318,19 @@ def _cgroup(mode: Mode, own: Mapping[str, dict[str, Any]]) -> dict[Mode, Finding
     asked = own["cgroups"]
     detail = asked["detail"]
     if asked["errno"] != 0:
-        here = _refusal(
-            asked,
-            "run it as root, or start it in a delegated cgroup: systemd-run --user --scope -p Delegate=yes COMMAND",
-        )
+        here = _refusal(asked, "run it as root, or as a user in a delegated cgroup: docs/cgroups.md")
     elif "unavailable" in detail:
         here = Finding("missing", detail["text"], detail["unavailable"]["fix"])
     else:
         lacks = f"; lacks {', '.join(detail['missing'])}" if detail["missing"] else ""
-        here = Finding("in force", f"{detail['version']}: {', '.join(detail['controllers'])}{lacks}")
-    return _mine_only(mode, here)
+        home = f", {detail['where']}" if detail["version"] == "v2" and "where" in detail else ""
+        here = Finding("in force", f"{detail['version']}: {', '.join(detail['controllers'])}{home}{lacks}")
+    found = _mine_only(mode, here)
+    users = detail.get("users") if asked["errno"] == 0 else None
+    if mode == "root" and users and users["lacking"]:
+        text = f"the service managers of users here cannot hand on {', '.join(users['lacking'])}"
+        found.update(dict.fromkeys(("rootless", "rootless-one-id"), Finding("missing", text, users["fix"])))
+    return found
 
 
 def _mine_only(mode: Mode, here: Finding) -> dict[Mode, Finding]:

@@ -65,10 +65,12 @@ class EngineProcess:
             raise Unavailable("engine", error.errno, fix, "the engine's process cannot be made") from error
         self._control: socket.socket | None = ours
 
-    def configure(self, engine: dict[str, Any]) -> None:
-        """Hand over the engine's settings: it begins with what no policy decides. Answers come with ``ready``."""
+    def configure(self, engine: dict[str, Any], likely: bool) -> None:
+        """Hand over the engine's settings: it begins with what no policy decides, and where that is *likely* with the
+        default policy. Answers come with ``ready``.
+        """
         with contextlib.suppress(OSError):
-            protocol.send(self._living(), {"op": "configure", "engine": engine})
+            protocol.send(self._living(), {"op": "configure", "engine": engine, "likely": likely})
 
     def ready(self, policy: dict[str, Any]) -> None:
         """Hand over *policy* (``Policy.plain()``); returns when a first cell was proved sealed.

@@ -9,6 +9,7 @@ With ``--as UID`` the process gives up root first: what an ordinary user of this
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -18,10 +19,13 @@ import signal
 import struct
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from sandboxd.ids import IdBlock
 
 __all__ = ["COMMON", "NAMESPACES", "OWN", "USER", "Refused", "attempt"]
 
@@ -330,11 +334,18 @@ def own_ids() -> dict[str, Any]:
             "text": f"{error.stage}: {error.message}" if error.message else str(error),
         }
     with block:
-        _use_range(block.base, block.count)
-        return {"base": block.base, "count": block.count}
+        if block.shared is not None:
+            return {"unavailable": block.shared.plain(), "text": block.shared.message}
+        try:
+            _use_range(block)
+        except Unavailable as error:  # the helpers' word
+            return {"unavailable": error.plain(), "text": error.message}
+        return {"base": block.base, "count": block.count, "helpers": block.helpers}
 
 
-def _use_range(base: int, count: int) -> None:
+def _use_range(block: IdBlock) -> None:
+    from sandboxd import userids
+
     ready, go = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
     if pid == 0:
@@ -352,9 +363,7 @@ def _use_range(base: int, count: int) -> None:
     os.close(ready[1])
     try:
         if os.read(ready[0], 1):
-            for kind in ("uid", "gid"):
-                with open(f"/proc/{pid}/{kind}_map", "w") as stream:
-                    stream.write(f"0 {base} {count}")
+            userids.map_ids(pid, block)
     finally:
         os.write(go[1], b"x")
         _, status = os.waitpid(pid, 0)
@@ -364,27 +373,62 @@ def _use_range(base: int, count: int) -> None:
 
 def subordinate_ids() -> dict[str, Any]:
     """What newuidmap would let this user map, and where it is; for the caller's uid."""
-    from sandboxd import ids
+    from sandboxd import ids, userids
 
     uids, gids = ids.subordinate_ranges()
-    newuidmap, newgidmap = ids.mapping_helpers()
+    helpers = ids.mapping_helpers()
     both = ids.intersect(uids, gids)
-    return {"helpers": [newuidmap, newgidmap], "ranges": [[area.base, area.count] for area in both]}
+    capable, no_new_privs = userids.privileges()
+    return {
+        "helpers": list(helpers),
+        "problems": [userids.helper_problem(path) for path in helpers],
+        "capable": capable,
+        "no_new_privs": no_new_privs,
+        "ranges": [[area.base, area.count] for area in both],
+    }
+
+
+def switches() -> list[list[str]]:
+    """Settings of this host that stand against user namespaces of ordinary users, each with its fix."""
+    from sandboxd import userns
+
+    return [list(one) for one in userns.causes()]
 
 
 def cgroups() -> dict[str, Any]:
-    """The engine's own directories in every hierarchy, made and removed; what they offer, or why not."""
+    """The engine's own directories in every hierarchy, made and removed; what they offer and "where" on v2, or why not.
+
+    "users" says what the service managers of users who have one cannot hand on, and the fix.
+    """
     from sandboxd import cgroup
+    from sandboxd.cgroup.home import SCOPE
+    from sandboxd.cgroup.refusal import delegate_to_users
     from sandboxd.errors import Unavailable
 
+    layout = cgroup.discover()
+    lacking = set()
+    for names in [] if layout.v2 is None else _users_controllers(layout.v2.mount_point):
+        lacking.update(set(layout.v2.controllers if layout.v2 is not None else ()) - names)
+    users = {"lacking": sorted(lacking), "fix": delegate_to_users()}
     try:
-        with cgroup.Instance.create(cgroup.discover(), cgroup.Bounds()) as instance:
-            return dict(instance.facts())
+        with cgroup.Instance.create(layout, cgroup.Bounds()) as instance:
+            home = os.path.dirname(instance.paths()[-1])
+            # A scope is gone when whoever asked for it is.
+            where = "in a scope that systemd gives it" if SCOPE.fullmatch(os.path.basename(home)) else f"below {home}"
+            return {**instance.facts(), "users": users, "where": where}
     except Unavailable as error:
         return {
             "unavailable": error.plain(),
             "text": f"{error.stage}: {error.message}" if error.message else str(error),
+            "users": users,
         }
+
+
+def _users_controllers(mount: str) -> Iterator[set[str]]:
+    """Of the service manager of each user who has one: the controllers it may hand on."""
+    for manager in Path(mount).glob("user.slice/user-*.slice/user@*.service"):
+        with contextlib.suppress(OSError):
+            yield {*(manager / "cgroup.controllers").read_text().split()}
 
 
 def network() -> list[str]:
@@ -405,6 +449,7 @@ def network() -> list[str]:
 OWN: dict[str, Callable[[], Any]] = {
     "own_ids": own_ids,
     "subordinate_ids": subordinate_ids,
+    "switches": switches,
     "cgroups": cgroups,
     "network": network,
 }

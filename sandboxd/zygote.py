@@ -82,7 +82,7 @@ _CELL: Final = struct.Struct("=IIIIII")
 _RLIMIT: Final = struct.Struct("=IIQQ")
 _RLIMITS: Final = 16
 _EVENT: Final = struct.Struct("=IIiiIiI")
-_MADE, _REFUSED, _DEAD, _EXITED = 1, 2, 3, 4
+_MADE, _REFUSED, _DEAD, _EXITED, _WARM = 1, 2, 3, 4, 5
 _MADE_FDS: Final = 7
 _EVENT_FDS: Final = 8
 _BATCH: Final = 32
@@ -283,6 +283,10 @@ class Zygote:
         self.made = 0
         self.born = time.monotonic()
         self.image = ""
+        self.learning = False
+        """Whether it is still finding out what the warm-up touches; cells are served meanwhile."""
+        self.warm_at: float | None = None
+        """Since when its cells know."""
         self._gone: asyncio.Future[None] = self._loop.create_future()
         self._closed = False
         for end in (nursery, zygote):
@@ -347,6 +351,7 @@ class Zygote:
         self.landlock_abi = int(answer["landlock_abi"])
         self.version = tuple(answer["version"])
         self.image = str(answer.get("image", ""))
+        self.learning = bool(answer.get("learning"))
         if self.landlock_abi < config.landlock_abi:
             raise Unavailable(
                 "landlock",
@@ -480,6 +485,11 @@ class Zygote:
             if event is None:
                 return
             kind, identity, code, status, stage, number, _ = event
+            if kind == _WARM and self.learning:
+                self.learning = False
+                self.warm_at = time.monotonic()
+                log.info("what the warm-up touches is known, %.2f s after the zygote's birth", self.warm_at - self.born)
+                continue
             hears = self._cells.get(identity)
             if hears is None:
                 self._lose()
@@ -632,7 +642,8 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance)
                 clone_fd, tasks = given.enter_context(cgroup.zygotes_entry())
             except OSError as error:
                 raise unavailable(Stage.CGROUP, error.errno or errno.EIO) from error
-            argv, keep_argv = native.c_strings(["nursery", python.executable, f"{rootfs.INSIDE_DIRECTORY}/zygote.py"])
+            name = "nursery" if ids.shared is None else "one-id"
+            argv, keep_argv = native.c_strings([name, python.executable, f"{rootfs.INSIDE_DIRECTORY}/zygote.py"])
             envp, keep_envp = native.c_strings([f"{name}={value}" for name, value in environment.items()])
             buffer = ffi.from_buffer("unsigned char[]", encoded)
             plan = ffi.new(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from sandboxd import Sandbox
+from tests.modes import ROOT, policy_of
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -20,14 +21,23 @@ MAY_LACK: Final = re.compile(
     r"|controllers are on v2 here|no v1 hierarchies|cgroup v2 mount|v2 mount beside|controller on v2"
     r"|hard links are refused|needs systemd and pure cgroup v2"
 )
+collect_ignore = ["rootless"] if ROOT else []  # as root, test_rootless.py has them run as somebody else
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """An embedded engine with the shipped `default` policy."""
-    with Sandbox() as made:
+    """An embedded engine with the shipped `default` policy, as far as SANDBOXD_TEST_MODE has it."""
+    with Sandbox(policy_of()) as made:
         yield made
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only(condition): without meaning, and so not collected, unless that holds")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if all(mark.args[0] for mark in item.iter_markers("only"))]
 
 
 @pytest.hookimpl(wrapper=True)

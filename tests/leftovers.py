@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.patience import SLOWER
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 UNPARKED = {"maximum": 0}
 """For ``Sandbox(pool=...)``: no cell but those of runs, where a test counts processes or follows one run's steps."""
 
-_CGROUP = re.compile(r"sandboxd\.(\d+)\.(\d+)(?:\.\d+)?")
+_CGROUP = re.compile(r"sandboxd(?:\.(\d+)\.(\d+)(?:\.\d+)?|-(\d+)-(\d+)\.scope)")
 _NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 _NAMESPACE = re.compile(rf"(?:{'|'.join(_NAMESPACES)}):\[\d+\]")
 _ENGINE_WORDS = ("sandboxd.engine", "sandboxd.daemon", "sandboxd\0serve", "sandboxd.cli")
@@ -136,12 +138,23 @@ def namespaces(pids: Iterable[int]) -> set[str]:
     return found
 
 
-def _uncontrolled_mounts() -> Iterator[str]:
-    for line in Path("/proc/self/mountinfo").read_text("utf-8").splitlines():
+def _engine_cgroups() -> Iterator[tuple[str, int, str]]:
+    """The directories of engines and their scopes, with the engine's pid and start: on v1 at the mount points, on v2
+    wherever an engine may live.
+    """
+    for line in set(Path("/proc/self/mountinfo").read_text("utf-8").splitlines()):
         fields = line.split()
         tail = fields[fields.index("-") + 1 :]
-        if tail[0] in ("cgroup", "cgroup2"):
-            yield fields[4]
+        if tail[0] not in ("cgroup", "cgroup2"):
+            continue
+        for directory, names, _ in os.walk(fields[4]):
+            for name in names:
+                if match := _CGROUP.fullmatch(name):
+                    pid, started = (one for one in match.groups() if one is not None)
+                    yield f"{directory}/{name}", int(pid), started
+            if tail[0] == "cgroup":
+                break
+            names[:] = [name for name in names if not name.startswith("sandboxd.")]  # engines are not nested
 
 
 def _foreign(pid: int, started: str, ours: set[int], among: dict[int, Process]) -> bool:
@@ -181,17 +194,13 @@ def _cgroups(ours: set[int], among: dict[int, Process]) -> tuple[set[str], set[i
     """Our cgroup directories, and the processes in them."""
     paths: set[str] = set()
     inside: set[int] = set()
-    for mount in set(_uncontrolled_mounts()):
-        with suppress(OSError), os.scandir(mount) as entries:
-            tops = [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
-        for top in tops:
-            match = _CGROUP.fullmatch(os.path.basename(top))
-            if match is None or _foreign(int(match[1]), match[2], ours, among):
-                continue
-            for directory, _, _ in os.walk(top):
-                paths.add(directory)
-                with suppress(OSError):
-                    inside.update(map(int, Path(directory, "cgroup.procs").read_text("ascii").split()))
+    for top, pid, started in _engine_cgroups():
+        if _foreign(pid, started, ours, among):
+            continue
+        for directory, _, _ in os.walk(top):
+            paths.add(directory)
+            with suppress(OSError):
+                inside.update(map(int, Path(directory, "cgroup.procs").read_text("ascii").split()))
     return paths, inside - {0}
 
 
@@ -250,7 +259,7 @@ def difference(before: Snapshot, after: Snapshot | None = None) -> dict[str, lis
 
 def eventually(condition: Callable[[], object], seconds: float, what: str) -> None:
     """Look again and again until *condition* is true; fails after *seconds*."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * SLOWER
     pause = 0.001
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
@@ -267,7 +276,7 @@ def assert_nothing_new(before: Snapshot, seconds: float = 5.0, ignore: Iterable[
         left.update((kind, items) for kind, items in difference(before).items() if kind not in ignore)
         return not left
 
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * SLOWER
     pause = 0.002
     while not clean() and time.monotonic() < deadline:
         time.sleep(pause)

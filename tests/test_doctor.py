@@ -311,6 +311,24 @@ def test_the_words_of_unavailable_are_passed_on() -> None:
     assert finding == doctor.Finding("missing", "no controllers", "mount it")
 
 
+def test_root_is_told_what_users_are_not_given() -> None:
+    detail = {
+        "version": "v2",
+        "controllers": ["memory", "pids", "cpu"],
+        "missing": [],
+        "where": "below /sys/fs/cgroup/x",
+    }
+    users = {"lacking": ["cpu"], "fix": "delegate it"}
+    found = doctor.walls(
+        "root", {**ANSWERS, "cgroups": {"errno": 0, "step": "", "detail": {**detail, "users": users}}}, ANSWERS
+    )
+    modes = next(wall for wall in found if wall.name == "cgroup").modes
+    assert modes["root"] == doctor.Finding("in force", "v2: memory, pids, cpu, below /sys/fs/cgroup/x")
+    for mode in ("rootless", "rootless-one-id"):
+        assert (modes[mode].state, modes[mode].fix) == ("missing", "delegate it")
+        assert "cannot hand on cpu" in modes[mode].detail
+
+
 def test_root_sees_what_an_ordinary_user_lacks() -> None:
     found = doctor.walls("root", ANSWERS, {**ANSWERS, "namespaces": refused(errno.EPERM)})
     assert states("root", found)["namespaces"] == "in force"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from sandboxd.engine.config import EngineConfig, host_memory_bytes
 from sandboxd.engine.prepared import LIKELY, essence
 from sandboxd.errors import PolicyError
 from sandboxd.policy import load
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_what_an_engine_makes_ready_early_is_the_shipped_default_policy() -> None:
@@ -35,3 +40,28 @@ def test_defaults_follow_the_host() -> None:
     assert config.running() >= 4
     assert 0 < config.memory() < host_memory_bytes()
     assert config.tasks() > config.running() * 64
+
+
+@pytest.mark.parametrize(
+    ("own", "limits", "expected"),
+    [
+        (
+            "0::/a.slice/b.service/main\n",
+            {"a.slice/b.service/memory.max": "1048576", "a.slice/memory.max": "max"},
+            1 << 20,
+        ),
+        ("0::/a.slice\n", {"a.slice/memory.max": "max"}, 8 << 20),
+        ("0::/a.slice\n", {}, 8 << 20),
+        ("4:memory:/x/y\n0::/\n", {"memory/x/memory.limit_in_bytes": "2097152"}, 2 << 20),
+    ],
+)
+def test_memory_is_what_the_closest_bound_above_allows(
+    tmp_path: Path, own: str, limits: dict[str, str], expected: int
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  8192 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text(own)
+    for name, text in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert host_memory_bytes(tmp_path / "proc", tmp_path) == expected

@@ -15,6 +15,7 @@ import pytest
 
 from sandboxd import Limits, Sandbox
 from sandboxd.policy import load
+from tests.patience import SLOWER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -225,7 +226,7 @@ for _ in range(20):
         while True:
             os.sched_yield()
 """,
-        limits=Limits(wall_seconds=5),
+        limits=Limits(wall_seconds=5 * SLOWER),
     )
     assert result.status == "ok"
     assert result.isolation is not None

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
-from sandboxd.cgroup import v1, v2
+from sandboxd.cgroup import systemd, v1, v2
 from sandboxd.cgroup.discovery import CONTROLLERS, Hierarchy, Layout
 from sandboxd.cgroup.files import Fds, Group, kill_listed
+from sandboxd.cgroup.home import ask_systemd, v2_roots
 from sandboxd.cgroup.leaf import Leaf, LeafGroups
 from sandboxd.cgroup.pids import bound_pids
-from sandboxd.cgroup.place import Place, start_time, v2_roots
+from sandboxd.cgroup.place import Place, start_time
+from sandboxd.cgroup.refusal import unavailable
 from sandboxd.closing import Closing
 from sandboxd.errors import Unavailable
 
@@ -37,7 +39,9 @@ _FILES = {
     2: {"memory": ("memory.max", "memory.peak", "memory.oom.group"), "pids": ("pids.max",), "cpu": ("cpu.max",)},
 }
 
-_SCOPE = "start it in a cgroup of its own: systemd-run --scope -p Delegate=yes COMMAND (with --user when not root)"
+
+# Those of v2 that are done without, which a receipt says.
+_BETTER = {"pids": ("pids.peak",), "cpu": ("cpu.max.burst",)}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,11 @@ class Facts(TypedDict):
     missing: list[str]
 
 
+def _without(controllers: tuple[str, ...], below: Group) -> list[str]:
+    """Which of the files that are no must *below*, a child on v2, has not."""
+    return [file for controller in controllers for file in _BETTER.get(controller, ()) if not below.has(file)]
+
+
 def _require_files(place: Place, controllers: tuple[str, ...], below: Group) -> None:
     """Look for the control files in *below*, a new child. Raises OSError, ENOENT."""
     version = place.hierarchy.version
@@ -64,32 +73,6 @@ def _require_files(place: Place, controllers: tuple[str, ...], below: Group) -> 
         for file in _FILES[version].get(controller, ()):
             if not below.has(file):
                 raise OSError(errno.ENOENT, f"open: {os.strerror(errno.ENOENT)}", f"{below.path}/{file}")
-
-
-def _unavailable(error: OSError, hierarchy: Hierarchy) -> Unavailable:
-    """The kernel's refusal in words, with the one line that mends it."""
-    names = ", ".join(hierarchy.controllers) or "no controllers"
-    if error.errno == errno.EROFS:
-        fix = f"mount -o remount,rw {hierarchy.mount_point} (in a container: start it with a writable cgroup mount)"
-    elif error.errno in (errno.EACCES, errno.EPERM):
-        fix = f"run it as root, or {_SCOPE}"
-    elif error.errno == errno.EBUSY and hierarchy.version == 2:
-        fix = (
-            f"other processes live in its cgroup; {_SCOPE}; in a container, before it: "
-            f"mkdir {hierarchy.mount_point}/init && for p in $(cat {hierarchy.mount_point}/cgroup.procs); "
-            f"do echo $p > {hierarchy.mount_point}/init/cgroup.procs; done"
-        )
-    elif error.errno == errno.ENOENT and hierarchy.version == 2:
-        wanted = " ".join(f"+{name}" for name in hierarchy.controllers)
-        fix = f"enable them from the top down: echo '{wanted}' > {hierarchy.mount_point}/cgroup.subtree_control"
-    elif error.errno in (errno.EMFILE, errno.ENFILE):
-        fix = "raise the limit of open files (ulimit -n)"
-    elif error.errno == errno.ENOSPC:
-        fix = f"raise cgroup.max.descendants and cgroup.max.depth above {error.filename}"
-    else:
-        fix = "use a kernel with CONFIG_MEMCG, CONFIG_CGROUP_PIDS and CONFIG_CFS_BANDWIDTH"
-    where = error.filename or hierarchy.mount_point
-    return Unavailable("cgroup", error.errno, fix, f"cgroup v{hierarchy.version} ({names}), {where}: {error.strerror}")
 
 
 class Instance(Closing):
@@ -107,7 +90,8 @@ class Instance(Closing):
 
     @classmethod
     def create(cls, layout: Layout, bounds: Bounds) -> Instance:
-        """Make, lock and bound the directories; on v2 with controllers also move this process into ``engine``.
+        """Make, lock and bound the directories; on v2 with controllers also move this process into ``engine``, where
+        nothing else is to be had in a scope that systemd is asked for.
 
         Raises Unavailable(stage "cgroup") when the host refuses; nothing is left behind then.
         """
@@ -150,14 +134,14 @@ class Instance(Closing):
                     place = Place(hierarchy, hierarchy.mount_point, name)
                     undo.callback(place.remove)
                     _bound_v1(place, bounds, missing)
-                    zygotes = place.child("zygotes")
+                    zygotes = place.below("zygotes")
                     zygotes.make()
                     undo.callback(zygotes.remove)
                     _require_files(place, hierarchy.controllers, zygotes)
                 except FileExistsError:
                     raise
                 except OSError as error:
-                    raise _unavailable(error, hierarchy) from error
+                    raise unavailable(error, hierarchy) from error
                 v1_places.append(place)
             return cls(v1_places, v2_place, undo.pop_all(), missing)
 
@@ -169,7 +153,9 @@ class Instance(Closing):
         if hierarchy is None:
             return None
         refusal: OSError | None = None
-        for root in v2_roots(hierarchy):
+
+        def make(hierarchy: Hierarchy, root: str) -> Place | None:
+            nonlocal refusal
             with ExitStack() as attempt:
                 try:
                     place = _make_v2_at(hierarchy, root, bounds, name, attempt, missing)
@@ -177,14 +163,28 @@ class Instance(Closing):
                     raise
                 except OSError as error:
                     refusal = refusal or error
-                    continue
+                    return None
                 undo.push(attempt.pop_all())
+                return place
+
+        for root in v2_roots(hierarchy):
+            if place := make(hierarchy, root):
                 return place
         if not hierarchy.controllers:
             return None
+        words = ""
+        if systemd.is_manager():
+            try:
+                scope = ask_systemd(hierarchy)
+            except systemd.Refused as refused:
+                words = str(refused)
+            else:
+                refusal = None
+                if scope.own is not None and (place := make(scope, scope.own)):
+                    return place
         if refusal is None:
             refusal = OSError(errno.EACCES, os.strerror(errno.EACCES), hierarchy.mount_point)
-        raise _unavailable(refusal, hierarchy) from refusal
+        raise unavailable(refusal, hierarchy, words) from refusal
 
     def facts(self) -> Facts:
         """What is in force, for receipts."""
@@ -206,7 +206,7 @@ class Instance(Closing):
     def zygotes_attach(self, pid: int) -> None:
         """Move a zygote or nursery, a child of ours, out of the engine's cgroup. Raises OSError."""
         for place in self._places():
-            place.child("zygotes").attach(pid)
+            place.below("zygotes").attach(pid)
 
     @contextmanager
     def zygotes_entry(self) -> Iterator[tuple[int | None, list[int]]]:
@@ -215,29 +215,28 @@ class Instance(Closing):
         """
         fds = Fds()
         try:
-            tasks = [fds.own(place.child("zygotes").open("tasks", os.O_WRONLY)) for place in self._v1]
+            tasks = [fds.own(place.below("zygotes").open("tasks", os.O_WRONLY)) for place in self._v1]
             flags = os.O_RDONLY | os.O_DIRECTORY
-            yield None if self._v2 is None else fds.own(self._v2.child("zygotes").open(".", flags)), tasks
+            yield None if self._v2 is None else fds.own(self._v2.below("zygotes").open(".", flags)), tasks
         finally:
             fds.close()
 
     def clone_owner(self, uid: int) -> None:
         """Let processes of host *uid* in ``zygotes`` use CLONE_INTO_CGROUP for leaves that ``Leaf.clone_owner`` gave.
 
-        The kernel asks for write permission on cgroup.procs of the target and of the common ancestor, which is this
-        directory. Once a second uid comes it is made writable for all: a move inside still needs the target's own file,
-        and one from outside that of an ancestor above us. An engine that is not root can give nothing away, and does
-        that at once. Raises OSError.
+        The kernel asks for write permission on cgroup.procs of the target and of the common ancestor, which is what
+        holds both. Once a second uid comes it is made writable for all: a move inside still needs the target's own
+        file, and one from outside that of an ancestor above us. An engine that is not root can give nothing away, and
+        does that at once. Raises OSError.
         """
         if self._v2 is None or self._clone_uid == uid:
             return
         if os.geteuid() != 0:
-            self._v2.child("zygotes").open_to_all("cgroup.procs")
-            self._v2.group.open_to_all("cgroup.procs")
+            self._v2.bounded.open_to_all("cgroup.procs")
         elif self._clone_uid is None:
-            self._v2.group.chown("cgroup.procs", uid)
+            self._v2.bounded.chown("cgroup.procs", uid)
         else:
-            os.chmod("cgroup.procs", 0o666, dir_fd=self._v2.fd)  # noqa: S103 - see above
+            os.chmod(f"{self._v2.bounded.name}/cgroup.procs", 0o666, dir_fd=self._v2.fd)  # noqa: S103 - see above
         self._clone_uid = uid
 
     def make_leaf(self, slot: int, pids_floor: int = 1) -> Leaf:
@@ -251,12 +250,12 @@ class Instance(Closing):
         name = f"c{slot}.{generation}"
         by_controller = {
             controller: group
-            for place, group in ((place, place.child(name)) for place in self._v1)
+            for place, group in ((place, place.below(name)) for place in self._v1)
             for controller in place.hierarchy.controllers
         }
         groups = LeafGroups(
             v1=by_controller,
-            v2=None if self._v2 is None else self._v2.child(name),
+            v2=None if self._v2 is None else self._v2.below(name),
             v2_controllers=() if self._v2 is None else self._v2.hierarchy.controllers,
         )
         leaf = Leaf(name, groups, pids_floor, self._leaves.discard)
@@ -275,7 +274,7 @@ class Instance(Closing):
         deadline = time.monotonic() + _SECONDS
         for leaf in self._leaves:
             leaf.kill_quietly()
-        zygotes = [place.child("zygotes") for place in self._places()]
+        zygotes = [place.below("zygotes") for place in self._places()]
         _kill_groups(zygotes, deadline)
         for leaf in list(self._leaves):
             leaf.remove_wait(max(deadline - time.monotonic(), 0))
@@ -326,18 +325,25 @@ def _make_v2_at(
         # Only where that is the way back (see _leave) and only engines live: elsewhere others may rely on it now.
         if root == hierarchy.own and root_group.has("cgroup.type"):
             undo.callback(_disable, root_group, added)
-        if "memory" in controllers:
-            v2.bound_memory(place.group, bounds.memory_bytes)
-            if not v2.swap_is_bounded(place.group) and _SWAP not in missing:
-                missing.append(_SWAP)
-        if "pids" in controllers:
-            bound_pids(place.group, bounds.pids)
         v2.enable_controllers(place.group, controllers)
         undo.callback(_disable, place.group, controllers)
-    zygotes = place.child("zygotes")
+        cells = place.bounded
+        cells.make()
+        undo.callback(cells.remove)
+        if "memory" in controllers:
+            v2.bound_memory(place.group, None)
+            v2.bound_memory(cells, bounds.memory_bytes)
+            if not v2.swap_is_bounded(cells) and _SWAP not in missing:
+                missing.append(_SWAP)
+        if "pids" in controllers:
+            bound_pids(cells, bounds.pids)
+        v2.enable_controllers(cells, controllers)
+        undo.callback(_disable, cells, controllers)
+    zygotes = place.below("zygotes")
     zygotes.make()
     undo.callback(zygotes.remove)
     _require_files(place, controllers, zygotes)
+    missing.extend(file for file in _without(controllers, zygotes) if file not in missing)
     return place
 
 

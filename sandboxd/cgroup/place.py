@@ -1,12 +1,19 @@
 """Where an engine keeps its cgroup directories, how they are named, and how they are held.
 
-Theory of operation. Below a root directory (v1: the mount point; v2: a delegated directory or the mount point) an
-engine owns ``sandboxd.<pid>.<starttime>`` and holds flock(LOCK_EX) on it in each hierarchy for as long as it lives.
-Below it, flat:
+Theory of operation. Below a root directory (v1: the mount point; v2: home.py) an engine owns
+``sandboxd.<pid>.<starttime>`` and holds flock(LOCK_EX) on it in each hierarchy for as long as it lives. On v1, and in
+a v2 twin without controllers, it holds, flat:
 
-    engine                  the engine itself, on v2 with controllers only: v2 allows no processes in inner nodes
     zygotes                 zygotes and their nurseries
     c<slot>.<generation>    the leaf of one cell
+
+On v2 with controllers no process may live in an inner node, so the engine has a leaf, too; and the bounds of the whole
+stand on ``cells``, so that the kernel never chooses the engine when their sum is met:
+
+    engine                  the engine itself, unbounded
+    cells                   with the engine's bounds
+        zygotes
+        c<slot>.<generation>
 
 The kernel drops the lock when the engine dies, however it dies. ``sweep`` removes directories whose lock it gets and
 whose owner, named by pid and start time, is not alive. The name protects between mkdir and flock; the lock protects
@@ -29,7 +36,7 @@ from sandboxd.cgroup.files import Group
 if TYPE_CHECKING:
     from sandboxd.cgroup.discovery import Hierarchy
 
-__all__ = ["NAME", "Place", "remove_quietly", "start_time", "v2_roots"]
+__all__ = ["NAME", "Place", "remove_quietly", "start_time"]
 
 # pid, start time, and a number when that name was taken.
 NAME = re.compile(r"sandboxd\.(\d+)\.(\d+)(?:\.\d+)?")
@@ -59,8 +66,23 @@ class Place:
             self.group = self.child(".")
             undo.pop_all()
 
+    @property
+    def nested(self) -> bool:
+        """Whether what is bounded has a directory of its own."""
+        return self.hierarchy.version == 2 and bool(self.hierarchy.controllers)
+
+    @property
+    def bounded(self) -> Group:
+        """What holds zygotes and leaves, and nothing else on v2."""
+        return self.child("cells") if self.nested else self.group
+
     def child(self, name: str) -> Group:
+        """A directory beside the engine's."""
         return Group(self.fd, self.path, name)
+
+    def below(self, name: str) -> Group:
+        """A directory in ``bounded``."""
+        return self.child(f"cells/{name}" if self.nested else name)
 
     def remove(self) -> None:
         """rmdir and close, which gives up the lock. What cannot be removed is left to a later sweep."""
@@ -83,30 +105,3 @@ def start_time(pid: int) -> str | None:
         return None
     fields = stat.rpartition(b")")[2].split()  # from field 3, the state
     return None if fields[0] in (b"Z", b"X") else fields[19].decode("ascii")
-
-
-def _is_delegated(path: str) -> bool:
-    """Whether a v2 directory was handed over to us: it belongs to our uid, or its manager marked it."""
-    try:
-        if os.geteuid() != 0:
-            return os.stat(path).st_uid == os.geteuid() and os.access(path, os.W_OK)
-        marks = set(os.listxattr(path)) & {"user.delegate", "trusted.delegate"}
-        return any(os.getxattr(path, mark) == b"1" for mark in marks)
-    except OSError:
-        return False
-
-
-def v2_roots(hierarchy: Hierarchy) -> list[str]:
-    """Where an instance may be made on v2, best first: our own cgroup, delegated ones above it, root's mount point."""
-    roots: list[str] = []
-    path = hierarchy.own
-    if path is not None:
-        roots.append(path)
-        while path != hierarchy.mount_point:
-            path = os.path.dirname(path)
-            if not _is_delegated(path):
-                break
-            roots.append(path)
-    if os.geteuid() == 0 and hierarchy.mount_point not in roots:
-        roots.append(hierarchy.mount_point)
-    return roots

@@ -12,9 +12,10 @@ from typing import Any, Final, Literal
 __all__ = ["Counters", "Reading", "Role", "Row"]
 
 Role = Literal[
-    "cpu", "user", "system", "throttled", "peak", "current", "hits", "kills", "pids_peak", "pids_hits", "tasks"
+    "cpu", "user", "system", "throttled", "peak", "current", "hits", "kills", "again", "pids_peak", "pids_hits", "tasks"
 ]
-"""What a number counts. "hits" may be there twice; "system" only where the two parts must be scaled to the total."""
+"""What a number counts. "hits" may be there twice; "system" only where the two parts must be scaled to the total;
+"again" says how many of "kills" were counted twice."""
 
 # Charges are tried in batches of 64 pages (MEMCG_CHARGE_BATCH), so a limit is met when less than that is left; larger
 # folios are not insisted on.
@@ -67,7 +68,7 @@ class Reading:
 
     def counters(self, values: tuple[int, ...]) -> Counters:
         """What *values*, of now, come to."""
-        cpu = user = system = throttled = hits = kills = pids_hits = peak = current = 0
+        cpu = user = system = throttled = hits = kills = again = pids_hits = peak = current = 0
         scaled = False
         pids_peak: int | None = None
         for row, now, was in zip(self.rows, values, self.before, strict=True):
@@ -89,6 +90,8 @@ class Reading:
                     hits += count
                 case "kills":
                     kills = count
+                case "again":
+                    again = count
                 case "pids_peak":
                     pids_peak = now if now > was or was <= self.pids_floor else None
                 case "pids_hits":
@@ -99,11 +102,12 @@ class Reading:
             user = cpu * user // (user + system)
         # Else scaled by the kernel at every read, so it may step back by a few microseconds.
         user = cpu if scaled and not user + system else min(max(user, 0), cpu)
+        killed = max(kills - again, min(kills, 1))  # a task that was gone by then was counted once
         if not hits and self.memory_limit is not None and peak > self.memory_limit - _CHARGE_BYTES:
             # Charges meet memory+swap first, and since about Linux 6.14 refusals there are counted nowhere
             # (mem_cgroup_css_alloc sets track_failcnt for memory only; seen on 6.18).
             hits = 1
-        return Counters(cpu, user, cpu - user, throttled, peak, current, hits, kills, pids_peak, pids_hits)
+        return Counters(cpu, user, cpu - user, throttled, peak, current, hits, killed, pids_peak, pids_hits)
 
     def tasks(self, values: tuple[int, ...]) -> int:
         """How many tasks are in the leaf, zombies included."""

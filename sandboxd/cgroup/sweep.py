@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sandboxd.cgroup.files import Group, kill_listed
-from sandboxd.cgroup.place import NAME, remove_quietly, start_time, v2_roots
+from sandboxd.cgroup.home import SCOPE, scope_parents, v2_roots
+from sandboxd.cgroup.place import NAME, remove_quietly, start_time
 
 if TYPE_CHECKING:
-    from sandboxd.cgroup.discovery import Layout
+    from sandboxd.cgroup.discovery import Hierarchy, Layout
 
 __all__ = ["Swept", "sweep"]
 
@@ -37,7 +38,7 @@ def sweep(layout: Layout) -> list[Swept]:
     roots = {hierarchy.mount_point for hierarchy in layout.v1}
     roots.update(one.mount_point for one in (layout.accounting, layout.freezer) if one is not None)
     if layout.v2 is not None:
-        roots.update((layout.v2.mount_point, *v2_roots(layout.v2)))
+        roots.update((layout.v2.mount_point, *v2_roots(layout.v2), *_scopes(layout.v2)))
     found: dict[str, list[str]] = {}
     for root in sorted(roots):
         with suppress(OSError), os.scandir(root) as entries:
@@ -47,6 +48,15 @@ def sweep(layout: Layout) -> list[Swept]:
     own = None if layout.v2 is None else layout.v2.own
     swept = (_sweep_one(name, paths, own) for name, paths in sorted(found.items()))
     return [result for result in swept if result is not None]
+
+
+def _scopes(hierarchy: Hierarchy) -> list[str]:
+    """The scopes of engines, which systemd keeps for as long as anything lives in them."""
+    found: list[str] = []
+    for parent in scope_parents(hierarchy):
+        with suppress(OSError):
+            found += [f"{parent}/{name}" for name in os.listdir(parent) if SCOPE.fullmatch(name)]
+    return found
 
 
 def _sweep_one(name: str, paths: list[str], own: str | None) -> Swept | None:

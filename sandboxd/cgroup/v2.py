@@ -48,7 +48,7 @@ def enable_controllers(group: Group, controllers: tuple[str, ...]) -> tuple[str,
 
 
 def bound_memory(group: Group, limit_bytes: int | None) -> None:
-    """Limits of the instance's own directory; they hold for the sum of what is below, and no page of it is swapped."""
+    """Limits of a directory of the instance's; they hold for the sum of what is below, and no page of it is swapped."""
     if group.has(_SWAP_LIMIT):
         group.write(_SWAP_LIMIT, "0")
     if limit_bytes is not None:
@@ -92,6 +92,8 @@ class Memory:
         self._usage = numbers.add(fds.file(group, "memory.current"), "", "current")
         events = fds.own(group.open("memory.events"))
         self.kills = numbers.add(events, "oom_kill", "kills")
+        # With memory.oom.group the kernel kills the chosen task, then the group with that task, and counts each time.
+        numbers.add(events, "oom_group_kill", "again")  # Linux 5.17
         # Not "max", which also counts where reclaim made room: an OOM of the engine would pass for the leaf's own.
         numbers.add(events, "oom", "hits")
         self.peak_resettable = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import grp
 import logging
+import os
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,9 +156,13 @@ def group_id(group: str | None) -> int:
     if group is None:
         return -1
     try:
-        return grp.getgrnam(group).gr_gid
+        gid = grp.getgrnam(group).gr_gid
+        if group == GROUP and os.geteuid() != 0 and gid not in (os.getegid(), *os.getgroups()):
+            return -1  # an ordinary user's own daemon, which nobody gave a group: its user connects
+        return gid
     except KeyError:
         if group == GROUP:
-            log.warning("there is no group %s: only root can connect; groupadd --system %s", group, group)
+            if os.geteuid() == 0:
+                log.warning("there is no group %s: only root can connect; groupadd --system %s", group, group)
             return -1
         raise PolicyError(f"there is no group {group!r} on this host.", key="group") from None

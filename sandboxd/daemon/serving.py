@@ -67,6 +67,19 @@ def _make_directory(settings: AuditSettings) -> None:
         raise Unavailable("audit", error.errno, "make the directory of the audit record", str(path.parent)) from error
 
 
+def _read_policy(config: DaemonConfig, name: str) -> dict[str, Any]:
+    """The plain values of the installed policy *name*. For a thread: pydantic takes a third of a start, and the
+    engine works meanwhile. Raises PolicyError.
+    """
+    from sandboxd.policy import load
+
+    file = find_policy(config, name)
+    found = load(file)
+    if found.name != name:
+        raise PolicyError(f"The file of the policy {name!r} names itself {found.name!r}.", file=str(file), key="name")
+    return found.plain()
+
+
 class Daemon:
     """The engine, its listener and its clients.
 
@@ -110,6 +123,7 @@ class Daemon:
                 _make_directory(audit)
             self._engine.start()
             try:
+                self._engine.foresee(likely=self._config.default_policy == "default")
                 # The default policy, proved sealed, before anybody is let in.
                 self._notifier.extend(POLICY_SECONDS)
                 await self._check_network(await self._policy(None))
@@ -260,16 +274,11 @@ class Daemon:
         """An installed policy by its name, in force: of policies_dir, then the shipped ones. Files are read when first
         asked for, and again by a reload.
         """
-        from sandboxd.policy import load
-
         chosen = name or self._config.default_policy
         if chosen not in self._plain:
-            file = find_policy(self._config, chosen)
-            found = load(file)
-            if found.name != chosen:
-                message = f"The file of the policy {chosen!r} names itself {found.name!r}."
-                raise PolicyError(message, file=str(file), key="name")
-            self._plain[chosen] = found.plain()
+            async with self._reloading:
+                if chosen not in self._plain:
+                    self._plain[chosen] = await asyncio.to_thread(_read_policy, self._config, chosen)
         return await self._engine.prepared(chosen, self._plain[chosen])
 
     def _accept(self, listener: socket.socket) -> None:

@@ -74,7 +74,7 @@ class Embedded:
             settings = await self._packet("configure")
             self._engine = engine = Engine(EngineConfig.from_plain(settings["engine"]))
             engine.start()
-            engine.foresee()
+            engine.foresee(settings["likely"])
             self._plain = (await self._packet("policy"))["policy"]
             await self._policy(None)
         except SandboxError as error:

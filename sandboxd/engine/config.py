@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
 from sandboxd.engine.pool import PoolSettings
@@ -117,8 +117,8 @@ class EngineConfig:
         return self.pids or self.running() * _PIDS_PER_RUN + _ENGINE_PIDS
 
 
-def host_memory_bytes(proc: Path = Path("/proc")) -> int:
-    """Memory of the host, or of the cgroup that this process is bound by. Source: meminfo, memory.max,
+def host_memory_bytes(proc: Path = Path("/proc"), mounts: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory of the host, or of the closest of the cgroups that this process is bound by. Source: meminfo, memory.max,
     memory.limit_in_bytes.
     """
     total = 0
@@ -127,14 +127,16 @@ def host_memory_bytes(proc: Path = Path("/proc")) -> int:
             total = int(line.split()[1]) << 10
     for line in (proc / "self/cgroup").read_text(encoding="utf-8").splitlines():
         _, controllers, path = line.split(":", 2)
-        for root, file in (
-            ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if "memory" in controllers.split(",") else ("", ""),
-            ("/sys/fs/cgroup", "memory.max") if not controllers else ("", ""),
-        ):
-            if not root:
-                continue
+        if not controllers:
+            root, file = mounts, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, file = mounts / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        own = PurePosixPath(path)
+        for above in (own, *own.parents):
             try:
-                text = Path(f"{root}{path}/{file}").read_text(encoding="ascii").strip()
+                text = Path(f"{root}{above}", file).read_text(encoding="ascii").strip()
             except OSError:
                 continue
             if text.isdigit() and 0 < int(text) < total:

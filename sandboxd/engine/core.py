@@ -142,13 +142,14 @@ class Engine:
             undo.callback(self.slots.close)
             self._undo = undo.pop_all()
 
-    def foresee(self) -> None:
-        """Before the policy comes: make ready what most likely will be asked for, a policy without libraries of its own
-        on this interpreter. A refusal is told only when it is asked for.
+    def foresee(self, likely: bool = True) -> None:
+        """Before the policy comes: start a zygote on this interpreter, and where it is *likely* that a policy without
+        libraries of its own will be asked for, make that ready. A refusal is told only when it is asked for.
         """
         with contextlib.suppress(SandboxError):
             self.bodies.foresee(Interpreter.current())
-            self._guess = asyncio.get_running_loop().create_task(self._proved(LIKELY))
+            if likely:
+                self._guess = asyncio.get_running_loop().create_task(self._proved(LIKELY))
 
     # Policies
 
@@ -198,6 +199,7 @@ class Engine:
         else:
             made = await guess
             made.rename(plain)
+        await self.bodies.close()  # one that was foreseen for another interpreter
         self._prepared[key] = made
         made.pool.open()
         return made

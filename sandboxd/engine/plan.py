@@ -28,6 +28,8 @@ BUILT_IN: Final = ("memory_bytes", "workspace_bytes", "workspace_files", "open_f
 """Limits that file systems and rlimits of a cell are made with: a run that asks for others gets a cell of its own. The
 rest is set in the leaf, or is the engine's clock and readers.
 """
+BUILT_IN_BARE: Final = ("cpu_seconds", "pids")
+"""What more is an rlimit where there is no leaf."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +54,9 @@ class Shape:
         return cls(leaf_limits(limits), CellPlan(_sizes(limits), list({one[0]: one for one in rlimits}.values())))
 
 
-def same_shape(one: Mapping[str, LimitValue], other: Mapping[str, LimitValue]) -> bool:
+def same_shape(one: Mapping[str, LimitValue], other: Mapping[str, LimitValue], bare: Bare | None = None) -> bool:
     """Whether a cell made for one serves the other."""
-    return all(one[name] == other[name] for name in BUILT_IN)
+    return all(one[name] == other[name] for name in (*BUILT_IN, *(() if bare is None else BUILT_IN_BARE)))
 
 
 def leaf_limits(limits: Mapping[str, LimitValue]) -> LeafLimits:

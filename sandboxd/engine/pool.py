@@ -114,7 +114,7 @@ class Pool:
 
     def take(self, limits: dict[str, LimitValue]) -> Cell | None:
         """A parked cell that serves *limits*; None when there is none."""
-        if not self._parked or not same_shape(limits, self._prepared.limits):
+        if not self._parked or not same_shape(limits, self._prepared.limits, self._engine.bare):
             return None
         cell = self._parked.pop()
         self._taken()
@@ -123,7 +123,7 @@ class Pool:
     async def lease(self, limits: dict[str, LimitValue]) -> Cell:
         """A cell for a run that has to wait for it. Raises Unavailable, ZygoteLost."""
         future: asyncio.Future[Cell] = self._loop.create_future()
-        if same_shape(limits, self._prepared.limits):
+        if same_shape(limits, self._prepared.limits, self._engine.bare):
             if self._open:
                 self._taken(waits=True)
             self._waiting.append(future)
@@ -325,6 +325,9 @@ class Pool:
         for cell in [*self._making, *self._special]:
             cell.check_late(now)
         stale = [cell for cell in self._parked if now - cell.made_at > self._settings.age_seconds]
+        cold = next((cell for cell in self._parked if self._is_cold(cell) and cell not in stale), None)
+        if cold is not None:
+            stale.append(cold)  # one at a time: the others may be wanted now
         too_many = len(self._parked) - len(stale) + self._lent_idle() > self.target
         if too_many and len(stale) < len(self._parked):
             stale.append(next(cell for cell in self._parked if cell not in stale))
@@ -332,7 +335,7 @@ class Pool:
             self._parked.remove(cell)
             cell.discard()
         for cell, borrower in list(self._lent.items()):
-            late = now - cell.made_at > self._settings.age_seconds
+            late = now - cell.made_at > self._settings.age_seconds or self._is_cold(cell)
             if (late or (too_many and not self._parked)) and borrower.revoke(again=late):
                 too_many = False
         if len(self._parked) < self.target and not self._engine.busy:
@@ -340,6 +343,11 @@ class Pool:
         zygote = self._prepared.zygote
         if zygote.made >= self._settings.zygote_cells or now - zygote.born > self._settings.zygote_seconds:
             self._engine.rotate(self._prepared)
+
+    def _is_cold(self, cell: Cell) -> bool:
+        """Whether it was forked before the zygote knew what the warm-up touches, and it knows now."""
+        warm_at = self._prepared.zygote.warm_at
+        return warm_at is not None and cell.made_at < warm_at
 
     # The end
 

@@ -565,10 +565,15 @@ def touched(step: Callable[[], object]) -> tuple[set[int], set[int]]:
     return own, mapped
 
 
-def survey(setting: Setting, most: int) -> bytes:
-    """In a child of the zygote that serves nobody: find out what every cell will touch, in the form of
-    _image.record(); then, apart, what the warm-up touches, enough to make *most* own pages in all: those that many of
-    its statements need, the first of them above all.
+def survey_cell(setting: Setting) -> bytes:
+    """In a child of the zygote that serves nobody: what every cell will touch, in the form of _image.record()."""
+    own, mapped = touched(lambda: rehearse_all(setting))
+    return b"".join((*as_ranges(own, 1), *as_ranges(mapped - own, 0)))
+
+
+def survey_warmup(setting: Setting, most: int) -> bytes:
+    """In such a child: what the warm-up touches beyond that, behind the mark of a new part; enough to make *most* own
+    pages in all: those that many of its statements need, the first of them above all.
     """
     own, mapped = touched(lambda: rehearse_all(setting))
     wanted: dict[int, float] = {}
@@ -590,8 +595,7 @@ def survey(setting: Setting, most: int) -> bytes:
         warm = set(sorted(warm, key=wanted.__getitem__, reverse=True)[: max(0, most - len(own))])
     known = own | mapped | warm
     warm_mapped = {page for page, count in seen.items() if count > 1 and page not in known}
-    parts = (as_ranges(own, 1), as_ranges(mapped - own, 0), [NOTHING], as_ranges(warm, 1), as_ranges(warm_mapped, 0))
-    return b"".join(one for part in parts for one in part)
+    return b"".join((NOTHING, *as_ranges(warm, 1), *as_ranges(warm_mapped, 0)))
 
 
 def as_ranges(pages: set[int], mark: int) -> Iterator[bytes]:

@@ -5,6 +5,9 @@ an empty environment but for a few fixed variables; descriptor 3 is the engine's
 image's interpreter and imports the standard library and one native object. No byte that a tenant sent ever comes here:
 a cell reads its program after the fork, in its own process.
 
+What takes long and changes nothing for a program is done beside the imports, or while cells are served already, in
+children that no cell ever comes from: the list of fonts, and what the warm-up touches (`foresee`).
+
 What a cell costs is the memory of this process: page tables to copy, pages to copy when they are written. So small
 objects are gathered in one place while libraries are imported, the whole is moved into a sealed memfd afterwards
 (native/image.c), and libraries' at-fork hooks, which would run in each cell, are kept from the interpreter.
@@ -15,7 +18,6 @@ import io
 import json
 import os
 import sys
-import time
 
 TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
 if TYPE_CHECKING:
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
 
 ENGINE = 3
 NURSERY = 4
-IN_A_HURRY = 2  # what _cell.serve() returns in a cell for which a run waits
+IN_A_HURRY, READABLE = 2, 3  # what _cell.serve() returns in a cell for which a run waits, and in the zygote
+WARM = (5).to_bytes(4, sys.byteorder) + bytes(24)  # struct sbx_event
 PACKET = 1 << 18
 MT19937_BYTES = 624 * 4
 OWN_BYTES = 5_500_000  # of a parked cell that has a warm-up; a few hundred kilobytes more it has anyway
 FORESEE_SECONDS = 30
-SPECIALISE_SECONDS = 1.0  # for the warm-up, where it may be run again
+MANY_OBJECTS = 50_000  # young ones that a collection waits for while libraries are imported: they keep what they make
 SPECIALISED = 8  # runs after which the interpreter has adapted a function's code (3.11: quickened after eight)
 
 hooks: "list[dict[str, Callable[[], object]]]" = []
@@ -56,9 +59,24 @@ def absent(names: list[str]) -> list[str]:
     return [name for name in names if name not in sys.modules and find_spec(name.partition(".")[0]) is None]
 
 
-def preload(names: list[str], warmup: str) -> None:
-    """Import *names* and run *warmup* in a namespace that is thrown away; the first failure is the engine's to
-    explain.
+def list_fonts(names: list[str]) -> int:
+    """Where matplotlib is among *names*, and there is another CPU, have a child make its list of fonts, which it finds
+    in /tmp then: opening them all takes a tenth of a second. Returns the child, or 0.
+    """
+    if "matplotlib" not in (name.partition(".")[0] for name in names) or len(os.sched_getaffinity(0)) < 2:
+        return 0
+    pid = os.fork()
+    if pid == 0:
+        try:
+            __import__("matplotlib.font_manager")
+        finally:
+            os._exit(0)  # what is wrong is told by the import in the zygote
+    return pid
+
+
+def preload(names: list[str], warmup: str, fonts: int) -> None:
+    """Import *names*, matplotlib when the child *fonts* has ended, and run *warmup* in a namespace that is thrown away;
+    the first failure is the engine's to explain.
     """
     step = ""
     try:
@@ -67,6 +85,9 @@ def preload(names: list[str], warmup: str) -> None:
             say({"ok": False, "step": "preload", "missing": missing, "error": ""})
             os._exit(1)
         for step in names:
+            if fonts and step.partition(".")[0] == "matplotlib":
+                os.waitpid(fonts, 0)
+                fonts = 0
             __import__(step)
         if warmup:
             step = "warmup"
@@ -144,9 +165,9 @@ def find_randomness(setting: "program.Setting") -> None:
                 setattr(modules["uuid"], name, None)
 
 
-def foresee(setting: "program.Setting", most_bytes: int) -> int:
-    """Learn in children what every cell will touch, so that cells can have it ahead, with a warm-up up to *most_bytes*
-    of memory of their own. Returns the pages; 0 when that is not to be had here, or did not end in time.
+def foresee(survey: "Callable[[], bytes]") -> "tuple[int, int]":
+    """Have a child find out by *survey* what cells will touch. Returns the child, and what _image.remember() reads that
+    from; nothing comes when it is not to be had here, or takes too long.
     """
     read, write = os.pipe()
     pid = os.fork()
@@ -154,19 +175,16 @@ def foresee(setting: "program.Setting", most_bytes: int) -> int:
         try:
             null = os.open(os.devnull, os.O_RDWR)
             itself = os.open(f"/proc/self/fd/{os.pipe()[0]}", os.O_RDWR)
-            for fd, number in ((null, 1), (null, 2), (itself, ENGINE)):
+            for fd, number in ((null, 1), (null, 2), (itself, ENGINE), (null, NURSERY)):
                 os.dup2(fd, number)
             sys.modules["_signal"].alarm(FORESEE_SECONDS)
-            left = memoryview(program.survey(setting, most_bytes >> 12))
+            left = memoryview(survey())
             while left:
                 left = left[os.write(write, left) :]
         finally:
             os._exit(1)
     os.close(write)
-    pages: int = _image.remember(read)
-    os.close(read)
-    os.waitpid(pid, 0)
-    return pages
+    return pid, read
 
 
 def main() -> "program.Setting | None":
@@ -174,17 +192,17 @@ def main() -> "program.Setting | None":
     config = json.loads(os.read(ENGINE, PACKET))
     filters = os.read(ENGINE, PACKET), os.read(ENGINE, PACKET)
     wants_memfd = config.get("image") != "anonymous"
+    fonts = list_fonts(config["preload"])
     if wants_memfd:
         _image.gather_heap()
     setting = program.Setting(hooks)
-    preload(config["preload"], config["warmup"])
+    usual, seldom = gc.get_threshold(), (MANY_OBJECTS, *gc.get_threshold()[1:])
+    gc.set_threshold(*seldom)
+    preload(config["preload"], config["warmup"], fonts)
+    if gc.get_threshold() == seldom:  # else a library has chosen its own
+        gc.set_threshold(*usual)
     if config["warmup"] and config.get("rehearsal"):
         setting.repeat(config["warmup"])
-        begun, noted = time.monotonic(), len(hooks)
-        for _ in range(SPECIALISED):
-            if time.monotonic() < begun + SPECIALISE_SECONDS:
-                setting.warm_up(lambda: False)
-        del hooks[noted:]
     # Streams exist before the fork and are the same objects after it, on other files.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper: nothing else has come yet
     renew_stdin()
@@ -202,8 +220,18 @@ def main() -> "program.Setting | None":
     gc.collect()
     gc.freeze()
     image = "memfd" if _image.share_heap(wants_memfd) else "anonymous"
-    pages = foresee(setting, config.get("own_bytes", OWN_BYTES)) if image == "memfd" and threads == 1 else 0
+    foresees = image == "memfd" and threads == 1
+    pages = 0
+    if foresees:
+        child, found = foresee(lambda: program.survey_cell(setting))
+        pages = _image.remember(found)
+        os.close(found)
+        os.waitpid(child, 0)
     landlock_abi = _cell.prepare(*filters, config["walls_down"])
+    found = -1
+    if pages and setting.warmup:
+        most = config.get("own_bytes", OWN_BYTES) >> 12
+        _, found = foresee(lambda: program.survey_warmup(setting, most))
     say(
         {
             "ok": True,
@@ -213,9 +241,15 @@ def main() -> "program.Setting | None":
             "version": list(sys.version_info[:3]),
             "image": image,
             "pages": pages,
+            "learning": found >= 0,
         }
     )
-    forked: int = _cell.serve(ENGINE, NURSERY)
+    forked: int = _cell.serve(ENGINE, NURSERY, found)
+    if forked == READABLE:
+        _image.remember(found)
+        os.close(found)  # its child is reaped as cells are
+        os.write(ENGINE, WARM)
+        forked = _cell.serve(ENGINE, NURSERY)
     setting.hurry = forked == IN_A_HURRY
     return setting if forked else None
 

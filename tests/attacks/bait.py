@@ -1,4 +1,8 @@
-"""Files of the host's in a tree that every cell sees, made to be attacked: open to everybody as far as modes go."""
+"""Files of the host's in a tree that every cell sees, made to be attacked: open to everybody as far as modes go.
+
+``python -m tests.attacks.bait UID GID``, as root, makes them for a test run of that user, says where, and takes them
+away when its input ends.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +23,14 @@ __all__ = ["bait"]
 
 
 @contextmanager
-def bait() -> Iterator[Path]:
-    """A directory in the interpreter's environment, which is bound into cells at its own path."""
+def bait(uid: int = 0, gid: int = 0) -> Iterator[Path]:
+    """A directory in the interpreter's environment, which is bound into cells at its own path; *uid*'s, as whom the
+    engine runs. Only root can make it, and hands its name to a test run of somebody else (tests/plain.py).
+    """
+    made = os.environ.get("SANDBOXD_TEST_BAIT")
+    if made is not None:
+        yield Path(made)
+        return
     place = Path(tempfile.mkdtemp(prefix=".sandboxd-bait-", dir=os.path.realpath(sys.prefix)))
     umask = os.umask(0)
     try:
@@ -38,7 +48,18 @@ def bait() -> Iterator[Path]:
             server.bind(str(place / "host.sock"))
             (place / "host.sock").chmod(0o755)
             server.listen()
+            if uid:
+                for path in (place, *place.rglob("*")):
+                    os.chown(path, uid, gid, follow_symlinks=False)
+                (place / "suid-id").chmod(0o4755)  # which chown(2) takes away
             yield place
     finally:
         os.umask(umask)
         shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    with bait(int(sys.argv[1]), int(sys.argv[2])) as made_here:
+        sys.stdout.write(f"{made_here}\n")
+        sys.stdout.flush()
+        sys.stdin.read()

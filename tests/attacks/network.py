@@ -164,5 +164,6 @@ ATTACKS = (
         """,
         "EACCES",
         why="the socket's owner is not mapped, so even the mapped root is a stranger to it",
+        one_id="done",
     ),
 )

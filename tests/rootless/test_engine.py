@@ -1,0 +1,197 @@
+"""Runs of an ordinary user's engine: files, receipts, refusals, and what stands in the place of cgroups."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sandboxd import Limits, Sandbox, Unavailable, ids, policy, userids
+from tests.modes import HAS_CGROUP, MODE, ONE_ID, policy_of
+
+if TYPE_CHECKING:
+    from sandboxd.policy import Policy
+
+FILES = """
+import os
+me = os.getuid()
+assert os.stat("in/deep/a.txt").st_uid == me and os.stat("in").st_uid == me
+with open("in/deep/a.txt", "a") as file:
+    file.write("more")
+os.mkdir("made")
+for name, mode in (("private", 0o600), ("nothing", 0), ("made/inner", 0o400)):
+    with open(name, "w") as file:
+        file.write(name)
+    os.chmod(name, mode)
+os.chmod("made", 0)
+os.mkfifo("fifo")
+os.symlink("/etc/passwd", "link")
+os.link("private", "again")
+"""
+
+
+def test_files_go_in_as_the_cells_and_come_out_whatever_their_mode(sandbox: Sandbox) -> None:
+    with sandbox.run(FILES, files={"in/deep/a.txt": b"in", "in/same": b"same"}) as result:
+        assert result.status == "ok", result.stderr
+        found = {one.path: one.read() for one in result.files}
+    assert found == {"in/deep/a.txt": b"inmore", "nothing": b"nothing", "made/inner": b"made/inner"}
+    assert result.files_skipped == 4  # private and its second name, fifo, link
+
+
+def test_the_source_bears_the_name_that_was_asked_for(sandbox: Sandbox) -> None:
+    result = sandbox.run("print(__file__)\nopen('/code/report.py').read()", filename="report.py")
+    assert (result.status, result.stdout) == ("ok", "/code/report.py\n"), result.stderr
+
+
+def test_the_source_is_not_the_programs_to_change(sandbox: Sandbox) -> None:
+    result = sandbox.run("import os\nos.unlink('/code/main.py')")
+    assert result.status == "error"
+    assert result.error is not None
+    assert result.error.type in ("PermissionError", "OSError")
+
+
+def test_receipt_says_what_was_in_force(sandbox: Sandbox) -> None:
+    results = [sandbox.run("import os; print(os.getuid(), os.getresgid())") for _ in range(3)]
+    for result in results:
+        isolation = result.isolation
+        assert isolation is not None
+        missing = " ".join(isolation.missing)
+        assert (isolation.uid == os.getuid()) is ONE_ID
+        assert ("own uid" in missing) is ONE_ID
+        assert isolation.cgroup.controllers == (["memory", "pids", "cpu"] if HAS_CGROUP else [])
+        assert (isolation.cgroup.version == "none") is not HAS_CGROUP
+        assert ("cgroup: " in missing) is not HAS_CGROUP or HAS_CGROUP
+        assert (result.usage.memory_peak_bytes is None) is not HAS_CGROUP
+        if not ONE_ID:
+            granted = ids.intersect(*ids.subordinate_ranges())
+            assert any(area.base <= isolation.uid < area.end for area in granted)
+            guest = int(result.stdout.split()[0])
+            assert guest >= ids.FIRST_CELL_ID
+
+
+def demanding(**require: object) -> Policy:
+    """The mode's policy with some of what it lowers asked for after all."""
+    found = policy_of()
+    return found.model_copy(update={"require": found.require.model_copy(update=require)})
+
+
+@pytest.mark.only(ONE_ID)
+def test_a_policy_that_wants_own_uids_is_refused_with_the_fix() -> None:
+    with pytest.raises(Unavailable) as caught, Sandbox(demanding(own_uid=True)):
+        pass
+    assert caught.value.stage == "ids"
+    assert "usermod --add-subuids" in caught.value.fix
+    assert "own_uid" in str(caught.value)
+
+
+@pytest.mark.only(not HAS_CGROUP)
+@pytest.mark.parametrize("names", [("memory",), ("pids", "cpu")])
+def test_a_policy_that_wants_controllers_is_refused_with_the_fix(names: tuple[str, ...]) -> None:
+    with pytest.raises(Unavailable) as caught, Sandbox(demanding(cgroup=names)):
+        pass
+    assert caught.value.stage == "cgroup"
+    assert "cgroup" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["default", "strict"])
+def test_shipped_policies_are_refused_where_a_wall_is_missing(name: str) -> None:
+    shipped = policy.load(name)
+    if HAS_CGROUP and not ONE_ID:
+        with Sandbox(shipped) as sandbox:
+            assert sandbox.run("print(1)").stdout == "1\n"
+    else:
+        with pytest.raises(Unavailable) as caught, Sandbox(shipped):
+            pass
+        assert caught.value.fix
+
+
+def test_rlimits_hold_where_there_is_no_cgroup(sandbox: Sandbox) -> None:
+    hog = sandbox.run("x = bytearray(1 << 30)")
+    assert hog.status in ("error", "memory"), hog
+    if not HAS_CGROUP:
+        assert hog.error is not None
+        assert hog.error.type == "MemoryError"
+    spin = sandbox.run("while True: pass", limits=Limits(cpu_seconds=1, wall_seconds=20))
+    assert spin.status == "cpu", spin
+    if not ONE_ID or HAS_CGROUP:
+        forks = "import os, time\nfor n in range(200):\n    if os.fork() == 0:\n        time.sleep(5); os._exit(0)"
+        bomb = sandbox.run(forks)
+        assert bomb.status == "error"
+        assert bomb.error is not None
+        assert bomb.error.type == "BlockingIOError"
+    assert sandbox.run("print(6 * 7)").stdout == "42\n"
+
+
+def test_a_run_that_will_not_end_is_ended_with_all_its_processes(sandbox: Sandbox) -> None:
+    code = (
+        "import os, time\nfor _ in range(4):\n    os.fork()\nos.setsid() if os.getpid() != 2 else None\ntime.sleep(60)"
+    )
+    result = sandbox.run(code, limits=Limits(wall_seconds=1))
+    assert result.status == "timeout"
+    assert result.timings.run_seconds < 5
+    assert result.signal == signal.SIGKILL
+
+
+# Ids
+
+
+def test_engines_of_one_user_never_share_an_id() -> None:
+    with Sandbox(policy_of()) as one, Sandbox(policy_of()) as other:
+        uids = [sandbox.run("pass").isolation for sandbox in (one, other)]
+        assert uids[0] is not None
+        assert uids[1] is not None
+        assert (uids[0].uid == uids[1].uid) is ONE_ID
+
+
+def places_of(directories: list[Path]) -> list[str]:
+    names = [str(one) for one in directories]
+    return [os.readlink(f"/proc/self/fd/{fd}") for fd in userids.lock_directories(names)]
+
+
+def test_only_directories_of_this_user_alone_hold_locks(tmp_path: Path) -> None:
+    good, open_, link = tmp_path / "good", tmp_path / "open", tmp_path / "link"
+    good.mkdir(mode=0o700)
+    open_.mkdir()
+    open_.chmod(0o777)
+    link.symlink_to(good)
+    file = tmp_path / "file"
+    file.write_text("")
+    assert places_of([good, open_, link, file, tmp_path / "missing", Path("/tmp"), Path("/run")]) == [str(good)]
+
+
+@pytest.mark.only(not ONE_ID)
+def test_a_claim_holds_in_every_place_that_two_engines_share(tmp_path: Path) -> None:
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    for one in (first, second, third):
+        one.mkdir(mode=0o700)
+    config = f"{ids.intersect(*ids.subordinate_ranges())[0].base}:8192"
+    with userids.claim(config, places=[str(first), str(second)]) as held:
+        assert held.helpers is not userids.privileges()[0]
+        with pytest.raises(Unavailable, match="held by a running engine"):
+            userids.claim(config, places=[str(second), str(third)])
+        # What could be locked before that was given back.
+        with userids.claim(config, places=[str(third)]):
+            pass
+    with userids.claim(config, places=[str(second), str(third)]):
+        pass
+
+
+@pytest.mark.only(not ONE_ID)
+def test_without_a_place_for_locks_there_is_no_claim(tmp_path: Path) -> None:
+    with pytest.raises(Unavailable) as caught:
+        userids.claim(None, places=[str(tmp_path / "missing")])
+    assert "linger" in caught.value.fix
+
+
+@pytest.mark.only(not ONE_ID)
+def test_a_configured_range_must_be_granted() -> None:
+    with pytest.raises(Unavailable) as caught:
+        userids.claim("1900000000:65536")
+    assert "usermod" in caught.value.fix
+
+
+def test_mode_is_the_one_that_was_asked_for() -> None:
+    assert os.environ.get("SANDBOXD_TEST_MODE", MODE).partition(",")[0] == MODE
