@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from click.testing import CliRunner
 
 from sandboxd import doctor, host, probe
 from sandboxd.cli import cli
-from sandboxd.netns_check import check_empty
+from sandboxd.netns_check import check_empty, messages
 
 PATIENCE_SECONDS = 120
 
@@ -168,6 +169,57 @@ def test_another_process_namespace_is_checked_from_outside(how: str) -> None:
             assert check_empty(fd) == []
             os.close(fd)
         process.stdin.close()
+
+
+def test_everything_that_another_library_sees_in_a_namespace_is_found() -> None:
+    code = (
+        "import json, sys\n"
+        "from pyroute2 import IPRoute\n"
+        "from sandboxd import netns_check as n\n"
+        "n._call('unshare', n.CLONE_NEWUSER | n.CLONE_NEWNET)\n"
+        "with IPRoute() as kernel:\n"
+        "    kernel.link('set', index=1, state='up')\n"
+        "    kernel.link('add', ifname='v0', kind='veth', peer='v1')\n"
+        "    v0 = kernel.link_lookup(ifname='v0')[0]\n"
+        "    kernel.addr('add', index=v0, address='192.0.2.7', prefixlen=24)\n"
+        "    kernel.link('set', index=v0, state='up')\n"
+        "    kernel.route('add', dst='198.51.100.0/24', gateway='192.0.2.1')\n"
+        "    names = [one.get_attr('IFLA_IFNAME') for one in kernel.get_links()]\n"
+        "    addresses = [one.get_attr('IFA_ADDRESS') for one in kernel.get_addr()]\n"
+        "    routes = [f\"{one.get_attr('RTA_DST') or 'default'}/{one['dst_len']}\" for f in (2, 10)\n"
+        "              for one in kernel.get_routes(family=f)]\n"
+        "sys.stdout.write(json.dumps([n.check_empty(), names, addresses, routes]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found, names, addresses, routes = json.loads(done.stdout)
+    assert {"v0", "v1"} <= set(names)
+    assert "198.51.100.0/24" in routes
+    words = [problem.split() for problem in found]
+    assert sorted(one[1] for one in words if one[0] == "interface") == sorted(names)
+    assert sorted(one[2] for one in words if one[1] == "address") == sorted(addresses)
+    assert sorted(one[3] for one in words if one[1] == "route") == sorted(routes)
+
+
+@pytest.mark.parametrize(
+    ("data", "number"),
+    [
+        (b"\x14\0\0\0", errno.EPROTO),
+        (struct.pack("=IHHII", 15, 3, 0, 18, 0), errno.EPROTO),
+        (struct.pack("=IHHII", 20, 3, 0, 18, 0), errno.EPROTO),
+        (struct.pack("=IHHII", 16, 3, 0, 17, 0), errno.EPROTO),
+        (struct.pack("=IHHIIi", 20, 2, 0, 18, 0, -errno.EPERM), errno.EPERM),
+        (struct.pack("=IHHII", 16, 16, 0x10, 18, 0), errno.EINTR),
+        (struct.pack("=IHHII", 16, 3, 0x12, 18, 0), errno.EINTR),
+    ],
+    ids=["head", "short", "long", "another-answer", "error", "changed", "changed-at-the-end"],
+)
+def test_an_answer_that_is_not_whole_is_no_answer(data: bytes, number: int) -> None:
+    with pytest.raises(OSError, match="netlink") as refused:
+        list(messages(data, 18))
+    assert refused.value.errno == number
 
 
 def test_a_namespace_that_is_gone_is_an_error() -> None:

@@ -256,8 +256,8 @@ class Daemon:
     # Clients
 
     async def _check_network(self, prepared: Prepared) -> None:
-        """Ask the kernel by rtnetlink what the zygote's network namespace holds; in a process of its own, for pyroute2
-        is large and no run needs it.
+        """Ask the kernel by rtnetlink what the zygote's network namespace holds; in a process of its own, for who is
+        not root has to enter the user namespace first, which only a process with one thread may.
         """
         command = [sys.executable, "-m", "sandboxd.netns_check", f"/proc/{prepared.zygote.pid}/ns/net"]
         pipe = asyncio.subprocess.PIPE
