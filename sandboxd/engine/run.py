@@ -279,8 +279,8 @@ class CellRun:
             return self._tell(queued, setup, run, None, workspace.Collected(), warm)
 
     def serves(self, prepared: Prepared) -> bool:
-        """Whether its cell is, or was, one of *prepared*'s."""
-        return self.cell is not None and self.cell.prepared is prepared
+        """Whether it is *prepared*'s, be it that it still queues."""
+        return self._prepared is prepared
 
     def close(self) -> None:
         """End the cell, if it still lives, and let go of it."""
