@@ -1,9 +1,9 @@
-"""How long after its start does a daemon answer? From the exec of `sandboxd serve` to the Result of a client's first run.
+"""How long after its start does a daemon answer? From the exec of `sandboxd serve` to the Result of a first run.
 
     python benchmarks/restart.py [--json] [--starts N] [--policies default,data]
 
-Each start takes turns with the same policy's libraries and warm-up in a plain interpreter, to which the figure stands as
-a ratio. The first program is `1+1`, then in a start of its own a small groupby. *all foreseen* is the zygote's word in
+Each start takes turns with the same policy's libraries and warm-up in a plain interpreter, to which the figure stands
+as a ratio. The first program is `1+1`, then in a start of its own a small groupby. *all foreseen* is the zygote's word in
 the daemon's log: from then on new cells have what the warm-up touches.
 """
 
