@@ -3,8 +3,8 @@
     python benchmarks/restart.py [--json] [--starts N] [--policies default,data]
 
 Each start takes turns with the same policy's libraries and warm-up in a plain interpreter, to which the figure stands
-as a ratio. The first program is `1+1`, then in a start of its own a small groupby. *all foreseen* is the zygote's word in
-the daemon's log: from then on new cells have what the warm-up touches.
+as a ratio. The first program is `1+1`, then in a start of its own a small groupby. *all foreseen* is the zygote's word
+in the daemon's log: from then on new cells have what the warm-up touches.
 """
 
 from __future__ import annotations
