@@ -12,7 +12,8 @@
  * until the broker runs). When the engine is gone (end of file on 3, or 5 readable) or the zygote or the broker is, the
  * nursery exits, and the kernel takes every process of these pid namespaces with it.
  *
- * By the name of "one-id" it serves a namespace that maps a single id. Without arguments it is none, but holds a new user namespace until the engine has mapped its ids (spawn.c).
+ * By the name of "one-id" it serves a namespace that maps a single id. Without arguments it is none, but holds a new user
+ * namespace until the engine has mapped its ids (spawn.c).
  *
  * A request is served in one go: init made, the engine told, the zygote asked to fork the cell. Nobody waits here for the
  * fork, which takes longer: the next init is made beside it.
@@ -419,8 +420,12 @@ reap(int signals, int zygote, int broker)
 static _Noreturn void
 hold(void)
 {
+    const struct sbx_report running = {0};
     char end;
 
+    /* Told by itself: what closes at exec is closed before the process is dumpable. */
+    sbx_write_all(2, &running, sizeof(running));
+    sbx_close(2);
     while (sbx_call(SBX_NR_read, 0, &end, 1) == -SBX_EINTR)
         continue;
     quit(0);

@@ -330,10 +330,11 @@ sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
     return (int)pid;
 }
 
-/* A new user namespace with one process in it that executes *program_fd* and stays until *wait_fd* is at its end; on
- * report_fd a struct sbx_report when that was refused, else end of file. The /proc files of what the engine clones belong
- * to root, since it is not dumpable, and a copy of it shall not be either: who is not root cannot write id maps there.
- * Those of an executed program that holds no secret belong to the engine's user. Returns the pid. */
+/* A new user namespace with one process in it that executes *program_fd* and stays until *wait_fd* is at its end. On
+ * report_fd comes a struct sbx_report: from the program, without a stage, or of what was refused. The /proc files of what
+ * the engine clones belong to root, since it is not dumpable, and a copy of it shall not be either: who is not root
+ * cannot write id maps there. Those of an executed program that holds no secret belong to the engine's user. Returns the
+ * pid. */
 int
 sbx_userns_hold(int program_fd, int wait_fd, int report_fd, int *pidfd)
 {
@@ -351,8 +352,8 @@ sbx_userns_hold(int program_fd, int wait_fd, int report_fd, int *pidfd)
     if (pid == 0) {
         default_signals();
         r = place_fds(fds, ARRAY_SIZE(fds));
-        for (int fd = 1; fd <= 2 && r >= 0; fd++)
-            r = sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
+        if (r >= 0)
+            r = sbx_call(SBX_NR_fcntl, 1, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
         if (r >= 0)
             r = sbx_close_from(ARRAY_SIZE(fds));
         if (r < 0)

@@ -735,8 +735,8 @@ def _user_namespace(program: int, ids: IdBlock) -> int:
         held.callback(os.close, pidfd)
         held.callback(_end, pidfd)
         said = os.read(report_read, _REPORT.size)
-        if said:
-            stage, error, _ = _REPORT.unpack(said)
+        stage, error, _ = _REPORT.unpack(said) if len(said) == _REPORT.size else (Stage.EXEC, 0, 0)
+        if stage:
             raise userns.explained(unavailable(stage, error))
         _map_ids(pid, ids)
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)

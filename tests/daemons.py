@@ -87,33 +87,74 @@ class Served:
         return self.process.wait(15)
 
 
-Setting = int | str | Mapping[str, int | str]
+Setting = int | float | str | Mapping[str, int | str]
 
 
-def start(home: Path, name: str = "sandboxd", group: str = GROUP, **config: Setting) -> Served:
-    """A daemon on HOME/NAME/socket, not yet ready; its audit record is beside it, unless *config* says otherwise."""
+def start(
+    home: Path,
+    name: str = "sandboxd",
+    group: str = GROUP,
+    *,
+    manager: Mapping[str, str] | None = None,
+    listener: socket.socket | None = None,
+    **config: Setting,
+) -> Served:
+    """A daemon on HOME/NAME/socket, not yet ready; its audit record is beside it, unless *config* says otherwise.
+
+    *manager* are variables of a service manager, *listener* is handed over as one does it.
+    """
+    path, log = home / name / "socket", home / f"{name}.log"
+    file = configure(home, name, group, **config)
+    command = [sys.executable, "-m", "sandboxd", "serve", "--config", str(file)]
+    if listener is not None:
+        command = [sys.executable, "-c", _HAND_OVER, str(listener.fileno()), *command]
+    with log.open("ab") as stderr:
+        process = subprocess.Popen(
+            command,
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(manager or {})},
+            pass_fds=() if listener is None else (listener.fileno(),),
+        )
+    return Served(process, path, log)
+
+
+# LISTEN_PID is the pid of who reads it, so it is set by the process that becomes the daemon.
+_HAND_OVER = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="test")
+os.execv(sys.argv[2], sys.argv[2:])"""
+
+
+def configure(home: Path, name: str = "sandboxd", group: str = GROUP, **config: Setting) -> Path:
+    """Write its configuration file."""
     path, log, file = home / name / "socket", home / f"{name}.log", home / f"{name}.toml"
     settings: dict[str, Setting] = {"socket": str(path), "group": group, **config}
     settings.setdefault("drain_seconds", 0)
     if isinstance(audit := settings.get("audit", {}), Mapping):
         settings["audit"] = {"path": str(log.with_suffix(".jsonl")), **audit}
     file.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in settings.items()))
-    with log.open("ab") as stderr:
-        command = [sys.executable, "-m", "sandboxd", "serve", "--config", str(file)]
-        process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL)
-    return Served(process, path, log)
+    return file
 
 
 def _toml(value: Setting) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} = {_toml(one)}" for key, one in value.items()) + "}"
-    return str(value).lower() if isinstance(value, int) else f'"{value}"'
+    return str(value).lower() if isinstance(value, int | float) else f'"{value}"'
 
 
 @contextlib.contextmanager
-def served(home: Path, name: str = "sandboxd", group: str = GROUP, **config: Setting) -> Iterator[Served]:
+def served(
+    home: Path,
+    name: str = "sandboxd",
+    group: str = GROUP,
+    *,
+    manager: Mapping[str, str] | None = None,
+    listener: socket.socket | None = None,
+    **config: Setting,
+) -> Iterator[Served]:
     """A daemon that is ready; ended by SIGTERM."""
-    daemon = start(home, name, group, **config)
+    daemon = start(home, name, group, manager=manager, listener=listener, **config)
     try:
         before = daemon.said().count("ready on")
         leftovers.eventually(

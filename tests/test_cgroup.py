@@ -275,7 +275,8 @@ def test_counters_start_at_begin(instance: Instance) -> None:
         counters = leaf.counters()
         assert counters.oom_kills == counters.memory_limit_hits == counters.pids_limit_hits == 0
         assert counters.cpu_usec == counters.throttled_usec == leaf.cpu_usec() == 0
-        assert counters.memory_peak_bytes < 4 * MIB
+        # Before Linux 6.12 v2's peak is for good; such a leaf is not used again.
+        assert counters.memory_peak_bytes < 4 * MIB if leaf._memory.peak_resettable else not leaf.reusable()
         assert not readable(leaf.oom_fd, timeout=0)
 
 
@@ -542,7 +543,7 @@ def test_leaf_whose_peaks_are_stained_is_not_reusable(instance: Instance) -> Non
                 pytest.skip("no pids.peak in this kernel")
             assert peak == 2
             leaf.reclaim()
-            assert leaf.reusable() is expected
+            assert leaf.reusable() is (expected and leaf._memory.peak_resettable)
             leaf.begin()
             assert run_in(leaf, "") == 0
             assert leaf.counters().pids_peak == (2 if expected else None)

@@ -223,7 +223,7 @@ for _ in range(20):
         while True:
             os.sched_yield()
 """,
-        limits=Limits(wall_seconds=5 * SLOWER),
+        limits=Limits(wall_seconds=3 * SLOWER),
     )
     assert result.status == "ok"
     assert result.isolation is not None

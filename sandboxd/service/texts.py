@@ -91,14 +91,19 @@ PrivateMounts=yes
 PrivateNetwork=yes
 PrivateIPC=yes
 IPAddressDeny=any
+PrivateDevices=yes
 DevicePolicy=closed
+ProtectClock=yes
+ProtectKernelModules=yes
 KeyringMode=private
 RemoveIPC=yes
 LockPersonality=yes
 RestrictRealtime=yes
 RestrictAddressFamilies=AF_UNIX AF_NETLINK
 SystemCallArchitectures=native
-SystemCallFilter=~@clock @cpu-emulation @module @obsolete @raw-io @reboot @swap
+# Refused, not killed: what a policy answers to its cells stays the stricter.
+SystemCallErrorNumber=EPERM
+SystemCallFilter=~@clock @cpu-emulation @debug @module @obsolete @raw-io @reboot @swap
 
 [Install]
 WantedBy=multi-user.target
@@ -188,8 +193,8 @@ _CONFIGURATION: Final = """\
 
 # Cells that are kept ready, of each policy.
 #[pool]
-#maximum = 8
-#memory_bytes = 536870912
+#maximum = 16
+#memory_bytes = 268435456
 
 {audit}"""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd import Limits, Sandbox, Unavailable, ids, policy, userids
+from tests.leftovers import eventually
 from tests.modes import HAS_CGROUP, MODE, ONE_ID, policy_of
 
 if TYPE_CHECKING:
@@ -198,3 +199,46 @@ def test_a_configured_range_must_be_granted() -> None:
 
 def test_mode_is_the_one_that_was_asked_for() -> None:
     assert os.environ.get("SANDBOXD_TEST_MODE", MODE).partition(",")[0] == MODE
+
+
+def processes_of(low: int, high: int) -> list[str]:
+    """The names of processes whose host uid is from *low* on and below *high*."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            fields = dict(line.split(":\t", 1) for line in status.read_text("ascii", "replace").splitlines())
+        except (OSError, ValueError):
+            continue
+        if low <= int(fields["Uid"].split()[1]) < high:
+            found.append(fields["Name"])
+    return found
+
+
+@pytest.mark.only(not ONE_ID)
+def test_nothing_of_a_killed_engine_lives_on_and_the_next_one_starts() -> None:
+    engine = Sandbox(policy_of())
+    try:
+        result = engine.run("import os; print(os.getuid())")
+        assert result.isolation is not None
+        base = result.isolation.uid - int(result.stdout)
+        assert "broker" in processes_of(base, base + ids.MIN_BLOCK)
+        os.kill(engine._engine.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        eventually(lambda: not processes_of(base, base + ids.MIN_BLOCK), 10, "processes of a dead engine are there")
+    finally:
+        engine.close()
+    with Sandbox(policy_of()) as after:
+        assert after.run("print(6 * 7)").stdout == "42\n"
+
+
+@pytest.mark.only(HAS_CGROUP)
+def test_only_what_a_birth_needs_is_open_to_all(sandbox: Sandbox) -> None:
+    """cgroup.procs of leaves and of what holds them; not that of the engine's or the zygotes' directory."""
+    sandbox.run("pass")
+    assert sandbox._engine is not None
+    own = Path(f"/proc/{sandbox._engine.pid}/cgroup").read_text().splitlines()[-1].partition("::")[2]
+    home = Path("/sys/fs/cgroup", own.lstrip("/")).parent
+    modes = {str(path.parent.relative_to(home)): path.stat().st_mode & 0o777 for path in home.rglob("cgroup.procs")}
+    assert modes.pop("cells") == 0o666
+    assert {modes.pop(name) for name in ("engine", "cells/zygotes", ".")} == {0o644}
+    assert modes
+    assert set(modes.values()) == {0o666}

@@ -60,6 +60,12 @@ MACHINES = (
             Leg("rootless-engine", "rootless", ("tests/rootless",)),
             Leg("one-id", "rootless-one-id", REFUSED),
             Leg("one-id-engine", "rootless-one-id", ("tests/rootless",)),
+        ),
+    ),
+    Machine(
+        "service",
+        (
+            Leg("systemd", "root", ("tests/test_systemd.py",)),
             Leg("attacks", "root", ("tests/test_attacks.py",)),
         ),
     ),
