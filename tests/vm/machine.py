@@ -43,6 +43,7 @@ class Built(NamedTuple):
     older_kernel: str
     older_initrd: str
     wheel: str
+    package: str
 
 
 def build() -> Built:
@@ -66,7 +67,7 @@ def boot(built: Built, machine: Machine, results: Path, *, memory: int, say: Cal
     _empty(results)
     with tempfile.TemporaryDirectory(dir=Path(built.disk).parent, prefix="run.") as name:
         work = Path(name)
-        _pack(work / "payload", Path(built.wheel), legs)
+        _pack(work / "payload", built, legs)
         with (work / "results").open("wb") as file:
             file.truncate(RESULTS_BYTES)
         wrong = _power(_command(built, machine, work, memory), work, sum(leg.seconds for leg in legs), say)
@@ -82,7 +83,7 @@ def boot(built: Built, machine: Machine, results: Path, *, memory: int, say: Cal
     return Outcome(max((status or 0 for status in statuses.values()), default=0), lines)
 
 
-def _pack(target: Path, wheel: Path, legs: Sequence[Leg]) -> None:
+def _pack(target: Path, built: Built, legs: Sequence[Leg]) -> None:
     """One tar file: the tree as it is now without the package, which comes from the wheel, and what is to be done."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--deduplicate"],
@@ -94,6 +95,7 @@ def _pack(target: Path, wheel: Path, legs: Sequence[Leg]) -> None:
     passed = {
         "LANG": "C.UTF-8",
         "SANDBOXD_VM": "1",
+        "SANDBOXD_DEB": f"/srv/{Path(built.package).name}",
         **{name: os.environ[name] for name in ("CI",) if name in os.environ},
     }
     texts = {"environment": "".join(f"{name}={value}\0" for name, value in passed.items())}
@@ -107,7 +109,8 @@ def _pack(target: Path, wheel: Path, legs: Sequence[Leg]) -> None:
         for name in names:
             if os.path.lexists(TREE / name):
                 archive.add(TREE / name, name, recursive=False)
-        archive.add(wheel, wheel.name)
+        for brought in (Path(built.wheel), Path(built.package)):
+            archive.add(brought, brought.name)
         for name, text in texts.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(text.encode())
