@@ -69,7 +69,7 @@ def _show(host: Host, steps: list[Step]) -> int:
     needed = 0
     for step in steps:
         if not step.needed(host):
-            output.write(f"already done: {output.escape(str(step))}")
+            output.write(f"not needed: {output.escape(str(step))}")
             continue
         needed += 1
         output.write(f"would {output.escape(str(step))}")
