@@ -115,7 +115,7 @@ def survey() -> Report:
 
 
 def _probe(arguments: list[str]) -> Answers:
-    command = [sys.executable, "-m", "sandboxd.probe", *arguments]
+    command = [sys.executable, "-P", "-m", "sandboxd.probe", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, timeout=PROBE_SECONDS, check=False)
     except subprocess.TimeoutExpired:

@@ -434,7 +434,7 @@ def _users_controllers(mount: str) -> Iterator[set[str]]:
 def network() -> list[str]:
     """What is in a fresh network namespace that should not be there."""
     done = subprocess.run(
-        [sys.executable, "-m", "sandboxd.netns_check"],
+        [sys.executable, "-P", "-m", "sandboxd.netns_check"],
         capture_output=True,
         timeout=PROBE_SECONDS,
         check=False,

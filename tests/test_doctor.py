@@ -481,3 +481,13 @@ def test_the_switch_behind_a_refusal_is_named_for_ordinary_users_only() -> None:
     rootfs = next(wall for wall in doctor.walls("rootless", answers, None) if wall.name == "rootfs")
     assert rootfs.modes["rootless"].fix == "a profile"
     assert "apparmor_restrict" in rootfs.modes["rootless"].detail
+
+
+def test_nothing_of_the_current_directory_is_imported(tmp_path: Path) -> None:
+    """Root may be anywhere when it asks, also where others write."""
+    for name in ("ctypes", "json", "socket", "struct", "click"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit(3)\n")
+    command = [sys.executable, "-P", "-m", "sandboxd", "doctor", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+    assert json.loads(done.stdout)["walls"]
+    assert not (tmp_path / "ran").exists()

@@ -259,7 +259,7 @@ class Daemon:
         """Ask the kernel by rtnetlink what the zygote's network namespace holds; in a process of its own, for who is
         not root has to enter the user namespace first, which only a process with one thread may.
         """
-        command = [sys.executable, "-m", "sandboxd.netns_check", f"/proc/{prepared.zygote.pid}/ns/net"]
+        command = [sys.executable, "-P", "-m", "sandboxd.netns_check", f"/proc/{prepared.zygote.pid}/ns/net"]
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
             *command, stdout=pipe, stderr=pipe, stdin=asyncio.subprocess.DEVNULL

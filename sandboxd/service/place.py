@@ -21,7 +21,7 @@ _FIX: Final = (
 def command() -> list[str]:
     """How this installation is started: its script, else this interpreter with the package's name."""
     script = Path(sys.prefix, "bin", "sandboxd")
-    return [str(script)] if os.access(script, os.X_OK) else [sys.executable, "-m", "sandboxd"]
+    return [str(script)] if os.access(script, os.X_OK) else [sys.executable, "-P", "-m", "sandboxd"]
 
 
 def check(program: str) -> None:
