@@ -10,6 +10,7 @@ Ids are those inside the namespace: 0 is the zygote, a cell has its slot's.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -167,16 +168,24 @@ class Broker:
             self._nfds[0] = 1
             size = lib.sbx_recv_fds(fd, self._answer, _ANSWER.size, self._fds, self._nfds)
         if size != _ANSWER.size:
-            self._broken = True  # an answer that came late would be taken for the next one's
+            self._give_up()  # an answer that came late would be taken for the next one's
             lib.sbx_close_all(self._fds, self._nfds[0])
             return errno.EPIPE, -1
         (number,) = _ANSWER.unpack(ffi.buffer(self._answer, _ANSWER.size))
         wants_one = request[:4] == struct.pack("=I", _OPEN) and not number
         if self._nfds[0] != int(wants_one):
-            self._broken = True
+            self._give_up()
             lib.sbx_close_all(self._fds, self._nfds[0])
             return errno.EPIPE, -1
         return int(number), int(self._fds[0]) if wants_one else 0
+
+    def _give_up(self) -> None:
+        """No question is asked any more. The broker sees the end of its channel and ends, the nursery with it: so the
+        zygote is lost, and the next request gets a new one, instead of a zygote whose cells can have no files.
+        """
+        self._broken = True
+        with contextlib.suppress(OSError):
+            self._channel.shutdown(socket.SHUT_RDWR)
 
 
 def of(ids: IdBlock) -> HostRoot | None:

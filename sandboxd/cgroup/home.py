@@ -43,9 +43,10 @@ def _is_delegated(path: str, managed: bool) -> bool:
     its directories, too: a unit there is ours only if that manager says so, which marks none.
     """
     name = os.path.basename(path)
-    if os.geteuid() == 0:
-        return _is_marked(path)
     try:
+        if os.geteuid() == 0:
+            # Who owns a directory may mark it, and move our cells about in it: user@UID.service, and all below.
+            return os.stat(path).st_uid == 0 and _is_marked(path)
         mine = os.stat(path).st_uid == os.geteuid() and os.access(path, os.W_OK)
     except OSError:
         return False

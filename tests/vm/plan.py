@@ -41,6 +41,7 @@ CORE = (
     *("tests/test_walls.py", "tests/test_limits_hold.py", "tests/test_workspace.py", "tests/test_results.py"),
     *("tests/test_tool_calls.py", "-k", "not thousand and not flood"),
 )
+KERNEL = ("tests/test_doctor.py", "tests/test_walls.py", "tests/test_seccomp_kernel.py", "tests/test_cgroup.py")
 
 MACHINES = (
     Machine(
@@ -78,7 +79,10 @@ MACHINES = (
     ),
     Machine(
         "older",
-        (Leg("kernel-6.1", "root", ("tests/test_doctor.py", "tests/test_walls.py", "tests/test_seccomp_kernel.py")),),
+        (
+            Leg("kernel-6.1", "root", (*KERNEL, "-k", "not git")),  # which is not installed there
+            Leg("attacks-6.1", "root", REFUSED),
+        ),
         older_kernel=True,
     ),
 )
