@@ -173,6 +173,11 @@ def reap_all() -> None:
 # Limits and what the counters say of them
 
 
+def test_no_stranger_can_hold_an_engines_lock(instance: Instance) -> None:
+    for path in instance.paths():
+        assert os.stat(path).st_mode & 0o777 == 0o700
+
+
 def test_oom_kill_is_counted_and_announced(instance: Instance) -> None:
     with instance.make_leaf(0) as leaf:
         leaf.set_limits(LeafLimits(memory_bytes=32 * MIB))

@@ -75,6 +75,17 @@ def test_roots_engine_takes_only_what_systemd_delegated(
     assert roots(hierarchy(mount, own)) == expected
 
 
+def test_roots_engine_takes_nothing_that_somebody_else_owns(
+    mount: Path, marked: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner may set the mark, and move processes about in it."""
+    marked.add("a.service")
+    as_host(monkeypatch, managed=True)
+    found = hierarchy(mount, "system.slice/a.service")
+    os.chown(mount / "system.slice/a.service", 64001, 64001)
+    assert roots(found) == []
+
+
 def test_root_of_a_host_with_systemd_is_not_taken_though_its_runtime_directory_is_hidden(
     mount: Path, marked: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -350,3 +350,13 @@ def test_its_process_has_few_rights() -> None:
     assert int(fields["CapPrm"], 16) == int(fields["CapEff"], 16) == few
     assert [int(fields[name], 16) for name in ("CapInh", "CapBnd", "CapAmb")] == [0, 0, 0]
     assert fields["NoNewPrivs"] == "1"
+
+
+def test_a_broker_that_answers_late_is_given_up_with_its_zygote(fd: int) -> None:
+    """A zygote whose cells can have no files serves nobody."""
+
+    def ask(broker: Broker) -> None:
+        broker._give_up()
+        assert refusal(broker.mkdir, fd, "d", 0o755, OWNER) == "EPIPE"
+
+    assert not with_broker(ask)
