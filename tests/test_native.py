@@ -151,6 +151,8 @@ def test_root_plan_that_is_none_is_refused_before_anything_is_made(encoded: byte
             "zygote_fd": null,
             "owner_fd": null,
             "nursery_fd": null,
+            "broker_fd": -1,
+            "userns_fd": -1,
             "cgroup_fd": -1,
             "ntasks": 0,
         },

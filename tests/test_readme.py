@@ -166,7 +166,7 @@ def test_commands_answer_as_the_readme_says(place: Place, block: Block, _after: 
 def test_commands_that_set_up_are_there(block: Block, _after: Block | None) -> None:
     for line in block.text.splitlines():
         word = line.split()[0]
-        assert word in ("python3", ".venv/bin/pip") or os.access(ROOT / word, os.X_OK), line
+        assert word in ("python3", ".venv/bin/pip", "usermod") or os.access(ROOT / word, os.X_OK), line
 
 
 @pytest.mark.parametrize(("block", "_after"), of_language("toml"))
