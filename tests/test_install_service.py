@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ from sandboxd.daemon import load_config
 from sandboxd.errors import Unavailable
 from sandboxd.ids import IdRange
 from sandboxd.service import place, plans, subids, texts
+from sandboxd.service.steps import Host
 
 COMMAND = "/usr/bin/sandboxd"
 UNITS = "etc/systemd/system"
@@ -219,6 +221,39 @@ def test_place_that_others_may_write_is_refused() -> None:
         assert "belongs to uid 61005" in place.problem(str(script))
     finally:
         shutil.rmtree(where)
+
+
+def test_place_behind_a_link_of_somebody_else_is_refused() -> None:
+    where = Path("/opt/sandboxd-test-links")
+    (where / "real").mkdir(mode=0o755, parents=True)
+    try:
+        (where / "real" / "sandboxd").touch(0o755)
+        (where / "theirs").mkdir(mode=0o755)
+        (where / "theirs" / "hop").symlink_to("../real")
+        (where / "link").symlink_to(where / "theirs" / "hop")
+        assert place.problem(str(where / "link" / "sandboxd")) == ""
+        os.chown(where / "theirs", 61_005, 0)
+        assert "belongs to uid 61005" in place.problem(str(where / "link" / "sandboxd"))
+        (where / "loop").symlink_to("loop")
+        assert "symbolic links" in place.problem(str(where / "loop"))
+    finally:
+        shutil.rmtree(where)
+
+
+def test_tree_whose_link_leads_out_of_it_is_refused(tmp_path: Path) -> None:
+    tree, outside = tmp_path / "tree", tmp_path / "outside"
+    (tree / "etc").mkdir(parents=True)
+    outside.mkdir()
+    (tree / "etc" / "systemd").symlink_to(outside)
+    with pytest.raises(Unavailable, match="leads out of"):
+        Host(tree).at("/etc/systemd/system/sandboxd.service")
+
+
+def test_an_account_that_no_installation_made_gets_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    person = pwd.struct_passwd(("sandboxd", "x", 1000, 1000, "Sandy Boxd", "/home/sandboxd", "/bin/sh"))
+    monkeypatch.setattr(pwd, "getpwnam", lambda _: person)
+    with pytest.raises(Unavailable, match="rename it"):
+        plans.check_account()
 
 
 # Texts

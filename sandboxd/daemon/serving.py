@@ -298,8 +298,8 @@ class Daemon:
             return
         pid, uid, _gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
         most = self._config.engine.max_clients
-        full = len(self._clients) >= most and uid != 0  # the operator gets in to look
         sees_all = uid in (0, os.geteuid())
+        full = len(self._clients) >= most and not sees_all  # the operator gets in, to look and to reload
         stuck = not sees_all and protocol.closing(uid) > protocol.CLOSING_MAX
         if self._over.done() or full or stuck or self._per_uid[uid] >= max(1, most // CLIENTS_SHARE):
             why = "descriptors that it sent cannot be closed" if stuck else "too many connections"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import sys
@@ -13,6 +14,7 @@ from sandboxd.errors import Unavailable
 __all__ = ["command", "problem"]
 
 _HIDDEN: Final = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - those that the unit covers
+_MOST_LINKS: Final = 40  # as the kernel: MAXSYMLINKS
 _FIX: Final = (
     "install it where root alone writes: python3 -m venv /opt/sandboxd && /opt/sandboxd/bin/pip install sandboxd"
 )
@@ -27,30 +29,43 @@ def command() -> list[str]:
 def check(program: str) -> None:
     """Raises Unavailable unless the service of the system may use *program*, its interpreter and this package."""
     parts = {program, sys.executable, sys.base_prefix, str(Path(__file__).resolve().parent.parent)}
-    for part in sorted(parts):
-        for path in dict.fromkeys((part, os.path.realpath(part))):
-            found = problem(path)
-            if found:
-                raise Unavailable("place", None, _FIX, f"the service cannot be started from {path}: {found}")
+    for path in sorted(parts):
+        found = problem(path)
+        if found:
+            raise Unavailable("place", None, _FIX, f"the service cannot be started from {path}: {found}")
 
 
 def problem(path: str) -> str:
-    """What keeps another user from using *path*, or gives others than root a hand in it; "" when nothing does."""
-    for place in _HIDDEN:
-        if path == place or path.startswith(f"{place}/"):
-            return f"the service does not see {place}"
-    for one in [*reversed(Path(path).parents), Path(path)]:
+    """What keeps another user from using *path*, or gives others than root a hand in it; "" when nothing does.
+
+    The way is followed name by name: whoever owns a directory that a link lies in decides where it leads.
+    """
+    one, pending, followed = Path("/"), list(Path(path).parts[1:]), 0
+    while pending:
+        one = one / pending.pop(0)
+        if str(one) in _HIDDEN:
+            return f"the service does not see {one}"
         try:
             status = one.lstat()
+            leads_to = os.readlink(one) if stat.S_ISLNK(status.st_mode) else None
         except OSError as error:
             return f"{one}: {error.strerror}"
-        if stat.S_ISLNK(status.st_mode):
-            continue  # its own mode says nothing; what it leads to is looked at, too
         if status.st_uid != 0:
             return f"{one} belongs to uid {status.st_uid}, who could change what the service runs"
+        if leads_to is not None:
+            followed += 1
+            if followed > _MOST_LINKS:
+                return f"{one}: {os.strerror(errno.ELOOP)}"
+            target = Path(leads_to)
+            pending[:0] = target.parts[1:] if target.is_absolute() else target.parts
+            one = Path("/") if target.is_absolute() else one.parent
+            continue
+        if one.name == "..":
+            one = one.parent.parent
+            continue
         mode = stat.S_IMODE(status.st_mode)
         if mode & 0o022 and not mode & stat.S_ISVTX:
             return f"{one} can be written by others (mode {mode:04o})"
-        if not mode & 0o001 and (one.is_dir() or one == Path(path)):
+        if not mode & 0o001 and (stat.S_ISDIR(status.st_mode) or not pending):
             return f"{one} is closed to the service's user (mode {mode:04o})"
     return ""

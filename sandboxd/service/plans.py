@@ -171,12 +171,25 @@ def check(host: Host) -> None:
         raise Unavailable("install", None, "leave out --user", "root has the service of the system")
     if not host.live:
         return
+    if not host.user:
+        check_account()
     if not is_running():
         fix = "run sandboxd serve under the supervisor that there is, or prepare a tree with --root DIR"
         raise Unavailable("install", None, fix, "this host was not started by systemd")
     if host.user and not host.succeeds("systemctl", "--user", "show-environment"):
         fix = f"log in as this user, or as root: loginctl enable-linger {pwd.getpwuid(os.geteuid()).pw_name}"
         raise Unavailable("install", None, fix, "no systemd of this user's can be reached")
+
+
+def check_account() -> None:
+    """Raises Unavailable when somebody else has the name: that account would get the right to map any id."""
+    try:
+        entry = pwd.getpwnam(USER)
+    except KeyError:
+        return
+    if entry.pw_gecos != texts.GECOS:
+        fix = f"rename it, or, if it was made for this: usermod --comment '{texts.GECOS}' {USER}"
+        raise Unavailable("install", None, fix, f"there is a user {USER} already, which no installation made")
 
 
 def check_alone(host: Host) -> None:

@@ -57,8 +57,12 @@ class Host:
         return self.root == Path("/")
 
     def at(self, path: str) -> Path:
-        """*path* of the host as this process sees it."""
-        return self.root / path.lstrip("/")
+        """*path* of the host as this process sees it. Raises Unavailable when a link leads out of the tree."""
+        found = self.root / path.lstrip("/")
+        if not self.live and not found.parent.resolve().is_relative_to(self.root.resolve()):
+            fix = "replace the absolute link in it by a relative one"
+            raise Unavailable("install", None, fix, f"{found.parent} leads out of {self.root}")
+        return found
 
     def succeeds(self, *command: str) -> bool:
         """Whether *command* ends with 0; what it says is dropped."""

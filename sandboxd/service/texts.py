@@ -79,7 +79,7 @@ StateDirectory=sandboxd
 StateDirectoryMode=0700
 CacheDirectory=sandboxd
 CacheDirectoryMode=0700
-Environment=XDG_CACHE_HOME=/var/cache
+Environment=XDG_CACHE_HOME=/var/cache PYTHONNOUSERSITE=1
 UMask=0077
 
 # What the engine and its cells do without. Cells inherit filters and mounts: docs/service.md says what is missing here,
