@@ -175,7 +175,7 @@ def reap_all() -> None:
 
 def test_no_stranger_can_hold_an_engines_lock(instance: Instance) -> None:
     for path in instance.paths():
-        assert os.stat(path).st_mode & 0o777 == 0o700
+        assert os.stat(path).st_mode & 0o777 == 0o711
 
 
 def test_oom_kill_is_counted_and_announced(instance: Instance) -> None:

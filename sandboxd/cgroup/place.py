@@ -52,7 +52,7 @@ class Place:
         self.path = f"{root.rstrip('/')}/{name}"
         self.fd = -1
         with ExitStack() as undo:
-            os.mkdir(self.path, 0o700)  # a stranger who could open it could hold its lock
+            os.mkdir(self.path, 0o711)  # a stranger who could open it could hold its lock
             undo.callback(remove_quietly, self.path)
             try:
                 self.fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
