@@ -37,6 +37,8 @@ class Machine:
 
 
 REFUSED = ("tests/test_attacks.py", "-k", "test_attack_is_refused and not strict or neighbour or bait or size")
+# Under a kernel with less Landlock, where some walls alone hold less.
+WALLED = ("tests/test_attacks.py", "-k", "test_attack_is_refused and not strict or out_of_reach or size")
 CORE = (
     *("tests/test_walls.py", "tests/test_limits_hold.py", "tests/test_workspace.py", "tests/test_results.py"),
     *("tests/test_tool_calls.py", "-k", "not thousand and not flood"),
@@ -81,7 +83,7 @@ MACHINES = (
         "older",
         (
             Leg("kernel-6.1", "root", (*KERNEL, "-k", "not git")),  # which is not installed there
-            Leg("attacks-6.1", "root", REFUSED),
+            Leg("attacks-6.1", "root", WALLED),
         ),
         older_kernel=True,
     ),
