@@ -27,7 +27,7 @@ WAYS = {
     "one id": ("rootless-one-id,no-cgroup", ()),
 }
 
-pytestmark = pytest.mark.skipif(not ROOT, reason="in this kernel's user: tests/rootless runs by itself")
+pytestmark = pytest.mark.skipif(not ROOT, reason="needs root: tests/rootless runs by itself")
 
 
 def pytest_as_user(mode: str, capabilities: tuple[str, ...], *arguments: str) -> subprocess.CompletedProcess[str]:
