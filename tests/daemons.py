@@ -133,6 +133,9 @@ def configure(home: Path, name: str = "sandboxd", group: str = GROUP, **config: 
     settings.setdefault("drain_seconds", 0)
     if isinstance(audit := settings.get("audit", {}), Mapping):
         settings["audit"] = {"path": str(log.with_suffix(".jsonl")), **audit}
+    if isinstance(pool := settings.get("pool", {}), Mapping):
+        # A cell or a zygote that is replaced for its age looks like one that another test left behind.
+        settings["pool"] = {"age_seconds": 1_000_000, "zygote_seconds": 1_000_000, **pool}
     file.write_text("".join(f"{key} = {_toml(value)}\n" for key, value in settings.items()))
     return file
 
