@@ -83,36 +83,26 @@ launch_child(const struct sbx_launch *plan)
     child_exit(127);
 }
 
-/* Start the engine, exec'ed, from the caller's program, in a session of its own: the terminal's Ctrl-C is the caller's.
- *
- * The caller shall hear of no child. exec gives every process SIGCHLD as its exit signal (de_thread in fs/exec.c), so the
- * engine is made by a process in between that never execs and has none; when that has ended, the engine is init's. The
- * one in between shares the caller's descriptors: the engine's pidfd appears among them. */
-int
-sbx_launch(const struct sbx_launch *plan, int *pidfd)
+/* Makes the process that is wanted, puts its pidfd into *pidfd and returns its pid or a negative errno. */
+typedef long (*maker)(const void *plan, int32_t *pidfd);
+
+/* Have *make* called by a process in between, which shares this one's descriptors, has *exit_signal*, and is gone when
+ * this returns: the pid, or a negative errno. For a caller whose signals are blocked. */
+static int
+made_between(uint64_t exit_signal, maker make, const void *plan, int *pidfd)
 {
-    struct sbx_clone_args between = {.flags = SBX_CLONE_FILES};
+    struct sbx_clone_args between = {.flags = SBX_CLONE_FILES, .exit_signal = exit_signal};
     struct {
         int32_t pid, pidfd;
     } made = {-SBX_EIO, -1};
-    uint64_t old;
     int report[2];
     long pid, r = sbx_call(SBX_NR_pipe2, report, SBX_O_CLOEXEC);
 
     if (r < 0)
         return (int)r;
-    all_signals_blocked(&old);
     pid = sbx_call(SBX_NR_clone3, &between, sizeof(between));
     if (pid == 0) {
-        struct sbx_clone_args engine = {
-            .flags = SBX_CLONE_PIDFD,
-            .pidfd = (uint64_t)(uintptr_t)&made.pidfd,
-            .exit_signal = SBX_SIGCHLD,
-        };
-
-        made.pid = (int32_t)sbx_call(SBX_NR_clone3, &engine, sizeof(engine));
-        if (made.pid == 0)
-            launch_child(plan);
+        made.pid = (int32_t)make(plan, &made.pidfd);
         sbx_write_all(report[1], &made, sizeof(made));
         child_exit(0);
     }
@@ -128,10 +118,37 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
         made.pid = (int32_t)pid;
         sbx_close(report[1]);
     }
-    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
     sbx_close(report[0]);
     *pidfd = made.pidfd;
     return made.pid;
+}
+
+static long
+clone_engine(const void *plan, int32_t *pidfd)
+{
+    struct sbx_clone_args args = {
+        .flags = SBX_CLONE_PIDFD, .pidfd = (uint64_t)(uintptr_t)pidfd, .exit_signal = SBX_SIGCHLD};
+    long pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
+
+    if (pid == 0)
+        launch_child(plan);
+    return pid;
+}
+
+/* Start the engine, exec'ed, from the caller's program, in a session of its own: the terminal's Ctrl-C is the caller's.
+ *
+ * The caller shall hear of no child. exec gives every process SIGCHLD as its exit signal (de_thread in fs/exec.c), so the
+ * engine is made by a process in between that never execs and has none; when that has ended, the engine is init's. */
+int
+sbx_launch(const struct sbx_launch *plan, int *pidfd)
+{
+    uint64_t old;
+    int pid;
+
+    all_signals_blocked(&old);
+    pid = made_between(0, clone_engine, plan, pidfd);
+    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
+    return pid;
 }
 
 /* Two more things that the zygote's processes shall not have. An anonymous session keyring of their own: keyrings are
@@ -272,44 +289,15 @@ clone_zygote(const struct sbx_zygote_plan *plan, struct sbx_clone_args *args)
 }
 
 /* The same in a user namespace that is there already. Entering one changes the process that enters, so one in between
- * does it, and has the zygote's first process made as a child of the engine's: it inherits the exit signal, and its
- * pidfd appears among the engine's descriptors, which are shared. */
-static int
-clone_in_userns(const struct sbx_zygote_plan *plan, int *pidfd)
+ * does it, and has the zygote's first process made as a child of the engine's: it inherits the exit signal. */
+static long
+clone_in_userns(const void *any, int32_t *pidfd)
 {
-    struct sbx_clone_args between = {.flags = SBX_CLONE_FILES, .exit_signal = SBX_SIGCHLD};
-    struct {
-        int32_t pid, pidfd;
-    } made = {-SBX_EIO, -1};
-    int report[2];
-    long pid, r = sbx_call(SBX_NR_pipe2, report, SBX_O_CLOEXEC);
+    const struct sbx_zygote_plan *plan = any;
+    struct sbx_clone_args args = {.flags = SBX_CLONE_PARENT, .pidfd = (uint64_t)(uintptr_t)pidfd};
+    long r = sbx_call(SBX_NR_setns, plan->userns_fd, SBX_CLONE_NEWUSER);
 
-    if (r < 0)
-        return (int)r;
-    pid = sbx_call(SBX_NR_clone3, &between, sizeof(between));
-    if (pid == 0) {
-        struct sbx_clone_args args = {.flags = SBX_CLONE_PARENT, .pidfd = (uint64_t)(uintptr_t)&made.pidfd};
-
-        r = sbx_call(SBX_NR_setns, plan->userns_fd, SBX_CLONE_NEWUSER);
-        made.pid = (int32_t)(r < 0 ? r : clone_zygote(plan, &args));
-        sbx_write_all(report[1], &made, sizeof(made));
-        child_exit(0);
-    }
-    if (pid > 0) {
-        do
-            r = sbx_call(SBX_NR_wait4, pid, 0, SBX_WALL, 0);
-        while (r == -SBX_EINTR);
-        sbx_close(report[1]); /* not before: it is the same table */
-        r = sbx_read_all(report[0], &made, sizeof(made));
-        if (r < 0)
-            made.pid = (int32_t)r;
-    } else {
-        made.pid = (int32_t)pid;
-        sbx_close(report[1]);
-    }
-    sbx_close(report[0]);
-    *pidfd = made.pidfd;
-    return made.pid;
+    return r < 0 ? r : clone_zygote(plan, &args);
 }
 
 /* New pid, mount, net, ipc and uts namespaces with one process in them, in the user namespace of the plan, or in a new
@@ -325,7 +313,7 @@ sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
 
     if (r < 0)
         return (int)r;
-    pid = plan->userns_fd < 0 ? clone_zygote(plan, &args) : clone_in_userns(plan, pidfd);
+    pid = plan->userns_fd < 0 ? clone_zygote(plan, &args) : made_between(SBX_SIGCHLD, clone_in_userns, plan, pidfd);
     sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
     return (int)pid;
 }

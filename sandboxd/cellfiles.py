@@ -28,7 +28,8 @@ __all__ = ["Broker", "CellFiles", "HostRoot"]
 
 PATH_BYTES: Final = 8192
 """SBX_BROKER_PATH."""
-ANSWER_SECONDS: Final = 10.0
+ANSWER_SECONDS: Final = 5.0
+"""The event loop waits for some answers: no longer than a request may be held up."""
 _OPEN, _MKDIR, _RENAME = 1, 2, 3
 _ROOT: Final = 0xFFFFFFFF
 _REQUEST: Final = struct.Struct("=IIIIQ")

@@ -334,7 +334,7 @@ def claim(
     fd = _open_lock(os.fspath(lock_file))
     try:
         for block in chain((first,), blocks):
-            if origin == FALLBACK_ORIGIN and _known_to_nss(block.base):
+            if origin == FALLBACK_ORIGIN and known_to_nss(block.base):
                 continue
             if _try_lock(fd, block):
                 claimed = IdBlock(block, [fd])
@@ -437,7 +437,7 @@ def _read(directory: StrPath, name: str) -> str:
         return ""
 
 
-def _known_to_nss(identifier: int) -> bool:
+def known_to_nss(identifier: int) -> bool:
     """Whether a directory service has a user with this id; UIDS-GIDS asks container managers to look at the first."""
     import pwd
 

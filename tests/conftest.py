@@ -27,8 +27,11 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 @pytest.fixture(scope="session")
 def sandbox() -> Iterator[Sandbox]:
-    """An embedded engine with the shipped `default` policy, as far as SANDBOXD_TEST_MODE has it."""
-    with Sandbox(policy_of()) as made:
+    """An embedded engine with the shipped `default` policy, as far as SANDBOXD_TEST_MODE has it; or, where
+    SANDBOXD_TEST_ADDRESS names one, a daemon.
+    """
+    address = os.environ.get("SANDBOXD_TEST_ADDRESS")
+    with Sandbox.connect(address) if address else Sandbox(policy_of()) as made:
         yield made
 
 

@@ -16,7 +16,7 @@ from sandboxd.daemon import load_config
 from sandboxd.errors import Unavailable
 from sandboxd.ids import IdRange
 from sandboxd.service import place, plans, subids, texts
-from sandboxd.service.steps import Host
+from sandboxd.service.steps import DropSubids, Host
 
 COMMAND = "/usr/bin/sandboxd"
 UNITS = "etc/systemd/system"
@@ -162,6 +162,27 @@ def test_free_range_avoids_those_of_systemd_while_it_can() -> None:
     assert not any(found.overlaps(area) for area in crowded)
     with pytest.raises(Unavailable):
         subids.free_range([IdRange(0, 0x7000_0000)])
+
+
+def test_free_range_avoids_ids_of_a_directory_service() -> None:
+    assert subids.free_range([], known=lambda first: first < 200_000) == IdRange(262_144, 65_536)
+    with pytest.raises(Unavailable):
+        subids.free_range([], known=lambda _: True)
+
+
+def test_uninstall_leaves_what_belongs_to_another_user_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"/var/lib/sandboxd", "/var/log/sandboxd"}
+    monkeypatch.setattr(plans, "is_running", lambda: False)
+
+    def named(comment: str) -> set[str]:
+        entry = pwd.struct_passwd(("sandboxd", "x", 990, 990, comment, "/home/sandboxd", "/bin/sh"))
+        monkeypatch.setattr(pwd, "getpwnam", lambda _: entry)
+        steps = plans.uninstall(Host(), plans.ADMIN)
+        ids = {"ids"} if any(isinstance(step, DropSubids) for step in steps) else set()
+        return {step.path for step in steps} & own | ids
+
+    assert named("a colleague") == set()
+    assert named(texts.GECOS) == {*own, "ids"}
 
 
 def test_lock_of_a_living_tool_is_waited_for_and_one_of_a_dead_is_not(

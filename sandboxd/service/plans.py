@@ -102,6 +102,9 @@ def uninstall(host: Host, layout: Layout) -> list[Step]:
             Run("systemctl", "daemon-reload", wanted=_units_changed),
             Run("systemctl", "reset-failed", *_UNITS, wanted=_units_changed, may_fail=True),
         ]
+    own: list[Step] = [DropDirectory(texts.HOME, whole=True), DropLogs(LOGS), DropSubids(USER), DropUser(USER)]
+    if host.live and not _is_ours():
+        own = [DropUser(USER)]  # which keeps it; home, logs and ids are somebody else's
     return [
         *steps,
         *(DropDirectory(f"{layout.units}/{unit}.d") for unit in _UNITS),
@@ -112,10 +115,7 @@ def uninstall(host: Host, layout: Layout) -> list[Step]:
         DropDirectory("/etc/sandboxd"),
         DropDirectory("/run/sandboxd", whole=True),
         DropDirectory("/var/cache/sandboxd", whole=True),
-        DropDirectory(texts.HOME, whole=True),
-        DropLogs(LOGS),
-        DropSubids(USER),
-        DropUser(USER),
+        *own,
     ]
 
 
@@ -183,13 +183,17 @@ def check(host: Host) -> None:
 
 def check_account() -> None:
     """Raises Unavailable when somebody else has the name: that account would get the right to map any id."""
-    try:
-        entry = pwd.getpwnam(USER)
-    except KeyError:
-        return
-    if entry.pw_gecos != texts.GECOS:
+    if not _is_ours():
         fix = f"rename it, or, if it was made for this: usermod --comment '{texts.GECOS}' {USER}"
         raise Unavailable("install", None, fix, f"there is a user {USER} already, which no installation made")
+
+
+def _is_ours() -> bool:
+    """Whether the service's user is one that an installation made, or not there."""
+    try:
+        return pwd.getpwnam(USER).pw_gecos == texts.GECOS
+    except KeyError:
+        return True
 
 
 def check_alone(host: Host) -> None:

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from sandboxd.errors import Unavailable
-from sandboxd.ids import IdRange, login_ids, parse_subordinate
+from sandboxd.ids import IdRange, known_to_nss, login_ids, parse_subordinate
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,15 +39,18 @@ def granted(etc: Path, user: str) -> bool:
     return any(area.count >= COUNT for area in ranges[0] & ranges[1])
 
 
-def free_range(taken: Sequence[IdRange]) -> IdRange:
-    """COUNT ids that nobody has: those that systemd uses last. Raises Unavailable."""
+def free_range(taken: Sequence[IdRange], known: Callable[[int], bool] = lambda _: False) -> IdRange:
+    """COUNT ids that nobody has: those that systemd uses last. *known* tells whether a directory service has a user
+    with that id; the first of a range is asked for, as ``ids.claim`` does it. Raises Unavailable.
+    """
     for reserved in (_RESERVED, ()):
+        areas = sorted([*taken, *reserved], key=lambda one: one.base)
         base = _LOWEST
-        for area in sorted([*taken, *reserved], key=lambda one: one.base):
-            if area.overlaps(IdRange(base, COUNT)):
-                base = -(-area.end // COUNT) * COUNT
-        if base + COUNT <= _HIGHEST:
-            return IdRange(base, COUNT)
+        while base + COUNT <= _HIGHEST:
+            area = next((area for area in areas if area.overlaps(IdRange(base, COUNT))), None)
+            if area is None and not known(base):
+                return IdRange(base, COUNT)
+            base = -(-(base + 1 if area is None else area.end) // COUNT) * COUNT
     raise Unavailable("ids", None, "free a range in /etc/subuid and /etc/subgid", f"no {COUNT:,} ids are free")
 
 
@@ -57,7 +60,8 @@ def add(etc: Path, user: str) -> None:
         texts = {name: _read(etc / name) for name in _FILES}
         taken = [area for text in texts.values() for _, area in parse_subordinate(text)]
         taken += [area for name in ("passwd", "group") for area in login_ids(_read(etc / name))]
-        chosen = free_range(taken)
+        # Of a tree that is being prepared nobody knows the directory service.
+        chosen = free_range(taken, known_to_nss) if str(etc) == "/etc" else free_range(taken)
         for name, text in texts.items():
             _write(etc / name, f"{_ended(text)}{user}:{chosen.base}:{chosen.count}\n")
 

@@ -33,7 +33,7 @@ MARK: Final = "# Written by sandboxd install-service."
 _HEAD: Final = f"{MARK} Changes belong in a drop-in: systemctl %sedit sandboxd.%s\n"
 _SAFE: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+@:=,")
 
-_SERVICE: Final = """\
+_BOTH: Final = """\
 [Unit]
 Description=sandboxd, cells for model-written code
 Requires=sandboxd.socket
@@ -44,8 +44,8 @@ StartLimitBurst=10
 [Service]
 Type=notify
 NotifyAccess=main
-ExecStart={command} serve
-ExecReload={command} reload
+ExecStart={command} serve{serve}
+ExecReload={command} reload{reload}
 SyslogIdentifier=sandboxd
 
 # 2: the configuration or the default policy is wrong; trying again would not help.
@@ -62,9 +62,14 @@ OOMPolicy=continue
 
 # The engine makes its cells' cgroups below its own.
 Delegate=cpu memory pids io
+LimitCORE=0
+UMask=0077
+"""
+"""How the service of the system and one of a user begin."""
+
+_SYSTEM: Final = """\
 TasksMax=infinity
 LimitNOFILE=1048576
-LimitCORE=0
 
 # These two map the cells' ids. Nothing else of root's.
 User=sandboxd
@@ -80,7 +85,6 @@ StateDirectoryMode=0700
 CacheDirectory=sandboxd
 CacheDirectoryMode=0700
 Environment=XDG_CACHE_HOME=/var/cache PYTHONNOUSERSITE=1
-UMask=0077
 
 # What the engine and its cells do without. Cells inherit filters and mounts: docs/service.md says what is missing here,
 # and why.
@@ -126,32 +130,8 @@ Backlog=4096
 WantedBy=sockets.target
 """
 
-_USER_SERVICE: Final = """\
-[Unit]
-Description=sandboxd, cells for model-written code
-Requires=sandboxd.socket
-After=sandboxd.socket
-StartLimitIntervalSec=60
-StartLimitBurst=10
+_USER: Final = """\
 
-[Service]
-Type=notify
-NotifyAccess=main
-ExecStart={command} serve --config %E/sandboxd/sandboxd.toml
-ExecReload={command} reload --connect unix:%t/sandboxd/sandboxd.sock
-SyslogIdentifier=sandboxd
-Restart=on-failure
-RestartSec=500ms
-RestartPreventExitStatus=2
-WatchdogSec=60
-TimeoutStartSec=120
-TimeoutStopSec=50
-TimeoutAbortSec=10
-KillMode=mixed
-OOMPolicy=continue
-Delegate=cpu memory pids io
-LimitCORE=0
-UMask=0077
 # newuidmap, which maps the cells' ids, gets its right by its file: no_new_privs would take it away, and with it go all
 # directives that install a filter. Those that change mounts would put the engine into a user namespace of systemd's.
 NoNewPrivileges=no
@@ -225,7 +205,7 @@ def _word(word: str) -> str:
 
 def service(words: Sequence[str]) -> str:
     """sandboxd.service of the system, that starts the command *words*."""
-    return _HEAD % ("", "service") + _SERVICE.format(command=exec_line(words))
+    return _HEAD % ("", "service") + _BOTH.format(command=exec_line(words), serve="", reload="") + _SYSTEM
 
 
 def socket() -> str:
@@ -235,7 +215,12 @@ def socket() -> str:
 
 def user_service(words: Sequence[str]) -> str:
     """sandboxd.service of a user's own manager."""
-    return _HEAD % ("--user ", "service") + _USER_SERVICE.format(command=exec_line(words))
+    begin = _BOTH.format(
+        command=exec_line(words),
+        serve=" --config %E/sandboxd/sandboxd.toml",
+        reload=" --connect unix:%t/sandboxd/sandboxd.sock",
+    )
+    return _HEAD % ("--user ", "service") + begin + _USER
 
 
 def user_socket() -> str:

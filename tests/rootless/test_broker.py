@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import socket
 import stat
 import struct
@@ -20,6 +21,7 @@ from sandboxd.engine.core import Engine
 from sandboxd.interpreter import Interpreter
 from tests.leftovers import eventually
 from tests.modes import ONE_ID
+from tests.patience import SLOWER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -54,10 +56,23 @@ def with_broker(ask: Callable[[Broker], None]) -> bool:
         async with nursery() as zygote:
             assert isinstance(zygote.files, Broker)
             await asyncio.to_thread(ask, zygote.files)
-            await asyncio.sleep(0.3)
-            return not zygote.lost
+            if await asyncio.to_thread(answers, zygote.files):
+                return not zygote.lost
+            async with asyncio.timeout(20 * SLOWER):
+                while not zygote.lost:
+                    await asyncio.sleep(0.01)
+            return False
 
     return asyncio.run(main())
+
+
+def answers(broker: Broker) -> bool:
+    """Whether it still does, to an ordinary question."""
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY)
+    try:
+        return refusal(broker.open_directory, root, ".") == "done"
+    finally:
+        os.close(root)
 
 
 @pytest.fixture
@@ -324,26 +339,33 @@ def test_no_cell_sees_or_reaches_it(sandbox: Sandbox) -> None:
             assert [one.path for one in result.files] == ["out"]
 
 
+def broker_of(zygote: Zygote) -> dict[str, str]:
+    """What /proc/PID/status says of the broker of a nursery: of its processes the one by that name. Source:
+    proc_pid_status(5).
+    """
+    found: dict[str, str] = {}
+
+    def look() -> bool:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/status", encoding="ascii", errors="replace") as file:
+                    fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+            except OSError:
+                continue
+            if fields["Name"] == "broker" and fields["PPid"] == str(zygote.pid):
+                found.update(fields)
+        return found.get("Seccomp") == "2"
+
+    eventually(look, 10, "no broker is there")
+    return found
+
+
 def test_its_process_has_few_rights() -> None:
-    """Of the processes of one nursery it is the one by the name of broker: filtered, not dumpable, two capabilities."""
+    """Filtered, not dumpable, two capabilities."""
 
     async def main() -> dict[str, str]:
         async with nursery() as zygote:
-            found: dict[str, str] = {}
-
-            def look() -> bool:
-                for name in filter(str.isdigit, os.listdir("/proc")):
-                    try:
-                        with open(f"/proc/{name}/status", encoding="ascii", errors="replace") as file:
-                            fields = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
-                    except OSError:
-                        continue
-                    if fields["Name"] == "broker" and fields["PPid"] == str(zygote.pid):
-                        found.update(fields)
-                return found.get("Seccomp") == "2"
-
-            await asyncio.to_thread(eventually, look, 10, "no broker is there")
-            return found
+            return await asyncio.to_thread(broker_of, zygote)
 
     fields = asyncio.run(main())
     few = 1 << 1 | 1 << 2 | 1 << 6 | 1 << 7
@@ -352,11 +374,25 @@ def test_its_process_has_few_rights() -> None:
     assert fields["NoNewPrivs"] == "1"
 
 
-def test_a_broker_that_answers_late_is_given_up_with_its_zygote(fd: int) -> None:
+def test_a_broker_that_answers_late_is_given_up_with_its_zygote(
+    fd: int, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A zygote whose cells can have no files serves nobody."""
+    monkeypatch.setattr("sandboxd.cellfiles.ANSWER_SECONDS", 1.0)
 
-    def ask(broker: Broker) -> None:
-        broker._give_up()
-        assert refusal(broker.mkdir, fd, "d", 0o755, OWNER) == "EPIPE"
+    async def main() -> bool:
+        async with nursery() as zygote:
+            assert isinstance(zygote.files, Broker)
+            pid = int((await asyncio.to_thread(broker_of, zygote))["Pid"])
+            os.kill(pid, signal.SIGSTOP)  # who made a user namespace has every right over what is in it
+            try:
+                assert await asyncio.to_thread(refusal, zygote.files.mkdir, fd, "late", 0o755, OWNER) == "EPIPE"
+            finally:
+                os.kill(pid, signal.SIGCONT)
+            assert refusal(zygote.files.mkdir, fd, "next", 0o755, OWNER) == "EPIPE"
+            async with asyncio.timeout(20 * SLOWER):
+                while not zygote.lost:
+                    await asyncio.sleep(0.01)
+            return "next" in os.listdir(place)
 
-    assert not with_broker(ask)
+    assert not asyncio.run(main())

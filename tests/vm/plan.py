@@ -61,6 +61,7 @@ MACHINES = (
         (
             Leg("rootless", "rootless", REFUSED),
             Leg("rootless-engine", "rootless", ("tests/rootless",)),
+            Leg("rootless-sweep", "rootless", ("tests/test_syscall_sweep.py",)),
             Leg("one-id", "rootless-one-id", REFUSED),
             Leg("one-id-engine", "rootless-one-id", ("tests/rootless",)),
         ),
