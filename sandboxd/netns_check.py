@@ -4,8 +4,8 @@ A cell's namespace is never configured, so it holds a loopback interface that is
 module asks the kernel for all three by rtnetlink(7); the daemon's start, ``doctor`` and the tests use it, and nothing
 on the path of a request.
 
-``python -m sandboxd.netns_check [PATH]`` checks PATH, or makes a fresh user and network namespace and checks that, and
-prints a JSON array of problems.
+``python -m sandboxd.netns_check [PATH | -]`` checks PATH (``-``: which standard input will name), or makes a fresh user
+and network namespace and checks that, and prints a JSON array of problems.
 """
 
 from __future__ import annotations
@@ -187,14 +187,15 @@ def _attributes(message: bytes, start: int) -> dict[int, bytes]:
 
 
 def main() -> None:
-    """Check the namespace that the first argument names, or a fresh one of our own making; for a process that does
-    nothing else.
+    """Check the namespace that the caller names, or a fresh one of our own making; for a process that does nothing
+    else.
     """
     import json
 
     netns: int | None = None
     if len(sys.argv) > 1:
-        netns = os.open(sys.argv[1], os.O_RDONLY | os.O_CLOEXEC)
+        path = sys.stdin.read() if sys.argv[1] == "-" else sys.argv[1]
+        netns = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         if os.geteuid() != 0:  # who made its user namespace has every right there, once inside
             owner = fcntl.ioctl(netns, NS_GET_USERNS)
             _call("setns", owner, CLONE_NEWUSER)

@@ -11,16 +11,17 @@ import hashlib
 import json
 import re
 import tomllib
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
 
 from sandboxd.errors import PolicyError
 from sandboxd.limits import LIMITS, UNLIMITED, LimitValue, parse, shown
+from sandboxd.policyfiles import NAME, file_of, find, installed, is_name, nearest, policies_dir, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
 __all__ = [
     "Audit",
@@ -39,10 +40,6 @@ __all__ = [
     "parse_toml",
     "policies_dir",
 ]
-
-SYSTEM_DIR: Final = Path("/etc/sandboxd/policies")
-_NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
-_MAX_FILE_BYTES: Final = 1 << 20
 
 _CONFIG = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -191,7 +188,7 @@ def _not_a_call(name: str) -> str | None:
 
 def _not_a_profile(name: str) -> str | None:
     # A relative path would mean another file in each process that reads the policy.
-    if _NAME.fullmatch(name) or (name.endswith((".json", ".toml")) and not _not_a_path(name)):
+    if NAME.fullmatch(name) or (name.endswith((".json", ".toml")) and not _not_a_path(name)):
         return None
     return "it must be a profile's name (default, strict), or an absolute path of a .json (OCI) or .toml file"
 
@@ -201,7 +198,7 @@ def _not_a_controller(name: str) -> str | None:
 
 
 def _not_a_name(name: str) -> str | None:
-    return None if _NAME.fullmatch(name) else "a policy's name is 1 to 64 of a-z, 0-9, _ and -"
+    return None if NAME.fullmatch(name) else "a policy's name is 1 to 64 of a-z, 0-9, _ and -"
 
 
 def _not_a_secrets_name(name: str) -> str | None:
@@ -359,48 +356,7 @@ def _conflicts(policy: Policy) -> list[PolicyError]:
     return found
 
 
-def policies_dir() -> Path:
-    """The directory of the shipped policies: package data of an installed sandboxd, else policies/ of a source tree."""
-    package = Path(__file__).resolve().parent
-    shipped = package / "policies"
-    return shipped if shipped.is_dir() else package.parent / "policies"
-
-
-def installed(directories: Sequence[Path] | None = None) -> dict[str, Path]:
-    """Every policy that can be named, with its file; an operator's shadows a shipped one of the same name.
-
-    *directories* are searched in order; None is /etc/sandboxd/policies, then the shipped ones.
-    """
-    found: dict[str, Path] = {}
-    for directory in (SYSTEM_DIR, policies_dir()) if directories is None else directories:
-        try:
-            files = sorted(directory.iterdir())
-        except OSError:
-            continue
-        for file in files:
-            if file.suffix == ".toml" and _NAME.fullmatch(file.stem):
-                found.setdefault(file.stem, file)
-    return dict(sorted(found.items()))
-
-
-_LATER_POLICIES = ("shell",)
-_SHIPPED_PROFILES = ("default", "strict")
-
-
-def find(name: str, directories: Sequence[Path] | None = None) -> Path:
-    """The file of the policy *name*. Raises PolicyError that lists the known names."""
-    known = installed(directories)
-    if name in known:
-        return known[name]
-    if name in _LATER_POLICIES:
-        raise PolicyError(f"The policy {name!r} comes in a later version. The known ones: {', '.join(known)}.")
-    near = _nearest(name, known)
-    hint = f" Did you mean {near!r}?" if near else ""
-    names = ", ".join(known) or "none"
-    raise PolicyError(
-        f"There is no policy named {shown(name)}.{hint} The known ones: {names}. "
-        "A file is named by a path that ends in .toml or holds a slash."
-    )
+SHIPPED_PROFILES = ("default", "strict")
 
 
 def load(policy: str | Path | Policy = "default", directories: Sequence[Path] | None = None) -> Policy:
@@ -412,16 +368,16 @@ def load(policy: str | Path | Policy = "default", directories: Sequence[Path] | 
     if isinstance(policy, Policy):
         return policy
     file = file_of(policy, directories)
-    text = _read(file)
+    text = read(file)
     loaded, problems = parse_toml(text, str(file), file.stem)
     if loaded is None:
         raise problems[0]
-    if loaded.name != file.stem and _is_name(policy):
+    if loaded.name != file.stem and is_name(policy):
         # Receipts and audit records would show another name than the one that was asked for.
         message = f"name: {loaded.name!r} differs from the file's name, {file.stem!r}."
         raise PolicyError(message, str(file), _line(text, "name"), "name")
     chosen = loaded.seccomp
-    if chosen.allow or chosen.deny or chosen.profile not in _SHIPPED_PROFILES:
+    if chosen.allow or chosen.deny or chosen.profile not in SHIPPED_PROFILES:
         from sandboxd import seccomp
 
         try:
@@ -431,26 +387,17 @@ def load(policy: str | Path | Policy = "default", directories: Sequence[Path] | 
     return loaded
 
 
-def file_of(policy: str | Path, directories: Sequence[Path] | None = None) -> Path:
-    """The file that ``load`` reads for *policy*, a name or a file. Raises PolicyError for an unknown name."""
-    return find(str(policy), directories) if _is_name(policy) else Path(policy)
-
-
-def _is_name(policy: str | Path) -> bool:
-    return isinstance(policy, str) and not (policy.endswith(".toml") or "/" in policy)
-
-
 def located(problem: PolicyError, file: Path) -> PolicyError:
     """*problem* with *file* and the line that sets its key, when another room found it in a policy already loaded."""
     if problem.file is None:
-        problem.file, problem.line = str(file), _line(_read(file), problem.key or "")
+        problem.file, problem.line = str(file), _line(read(file), problem.key or "")
     return problem
 
 
 def check(file: Path) -> tuple[Policy | None, list[PolicyError]]:
     """The policy in *file* and every problem found in it; the policy is None when there is one."""
     try:
-        return parse_toml(_read(file), str(file), file.stem)
+        return parse_toml(read(file), str(file), file.stem)
     except PolicyError as error:
         return None, [error]
 
@@ -469,7 +416,7 @@ def parse_toml(text: str, file: str, default_name: str = "") -> tuple[Policy | N
         return None, [PolicyError(f"This is not TOML: {message}.", file, line)]
     except RecursionError:
         return None, [PolicyError("This is not a policy: it is nested too deeply.", file)]
-    if _NAME.fullmatch(default_name):
+    if NAME.fullmatch(default_name):
         table.setdefault("name", default_name)
     policy, problems = _validated(table)
     for problem in problems:
@@ -500,22 +447,6 @@ def _conflicts_of_the_rest(table: dict[str, Any], wrong: set[str | None]) -> lis
     except ValidationError:
         return []
     return _conflicts(policy)
-
-
-def _read(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            content = stream.read(_MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise PolicyError(f"The policy cannot be read: {reason}.", str(file)) from None
-    if len(content) > _MAX_FILE_BYTES:
-        raise PolicyError(f"A policy is at most {_MAX_FILE_BYTES:,} bytes.", str(file))
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise PolicyError("A policy is UTF-8 text.", str(file), line) from None
 
 
 def _problems(error: ValidationError, under: tuple[str, ...] = ()) -> list[PolicyError]:
@@ -558,15 +489,9 @@ def _unknown_key(location: tuple[str, ...]) -> str:
         section = Policy.model_fields[location[0]].annotation
         fields = section.model_fields if isinstance(section, type) and issubclass(section, BaseModel) else ()
     what = f"[{location[0]}]" if len(location) > 1 else "a policy"
-    near = _nearest(location[len(location) - 1], fields)
+    near = nearest(location[len(location) - 1], fields)
     hint = f"; did you mean {near!r}? Its keys" if near else "; its keys"
     return f"there is no such key in {what}{hint} are {', '.join(fields)}"
-
-
-def _nearest(word: str, known: Iterable[str]) -> str | None:
-    import difflib  # only errors need it
-
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
 
 
 def _line(text: str, key: str) -> int | None:

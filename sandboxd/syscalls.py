@@ -10,7 +10,6 @@ without bit 30 they are no calls of this ABI, with it the filter kills.
 
 from __future__ import annotations
 
-import difflib
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -141,5 +140,7 @@ SINCE: Final[Mapping[str, str]] = MappingProxyType(
 
 def nearest(name: str) -> str | None:
     """The known name most like *name*, for an error message; None when nothing is like it."""
+    import difflib  # only errors need it
+
     found = difflib.get_close_matches(name, NUMBERS, n=1, cutoff=0.6)
     return found[0] if found else None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd import seccomp, seccomp_cache
+from sandboxd.cache import HEAD_BYTES, MAGIC, cache_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,8 +96,8 @@ def test_another_libseccomp_has_another_file(
 def weaken(path: Path) -> None:
     """An attacker's file: every refusal becomes a permission, and the sum is right."""
     content = path.read_bytes()
-    program = content[seccomp_cache._HEAD_BYTES :].replace(EPERM, ALLOW)
-    path.write_bytes(seccomp_cache._MAGIC + hashlib.sha256(program).digest() + program)
+    program = content[HEAD_BYTES:].replace(EPERM, ALLOW)
+    path.write_bytes(MAGIC + hashlib.sha256(program).digest() + program)
 
 
 def to_symlink(path: Path) -> None:
@@ -118,7 +119,7 @@ def flip(path: Path) -> None:
 
 def unguarded(path: Path) -> None:
     program = ALLOW
-    path.write_bytes(seccomp_cache._MAGIC + hashlib.sha256(program).digest() + program)
+    path.write_bytes(MAGIC + hashlib.sha256(program).digest() + program)
 
 
 def writable(path: Path) -> None:
@@ -210,13 +211,13 @@ def test_nothing_is_left_behind_when_writing_fails(
 
 def test_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert seccomp_cache.cache_directory() == Path("/var/cache/sandboxd")
+    assert cache_directory() == Path("/var/cache/sandboxd")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert seccomp_cache.cache_directory() == Path("/somewhere/sandboxd")
+    assert cache_directory() == Path("/somewhere/sandboxd")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert seccomp_cache.cache_directory() == Path("/home/someone/.cache/sandboxd")
+    assert cache_directory() == Path("/home/someone/.cache/sandboxd")
 
 
 def test_cached_program_needs_neither_pyseccomp_nor_ctypes(cache: Path, default: Profile) -> None:

@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sandboxd import seccomp, seccomp_bpf, seccomp_cache, seccomp_layers
+from sandboxd.cache import HEAD_BYTES, MAGIC
 from sandboxd.errors import Unavailable
 from sandboxd.seccomp import ALLOW as PERMIT
 from sandboxd.seccomp import KILL, LOG, Layers, Profile, Rule, Test, refuse
@@ -474,8 +475,8 @@ def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
     """Replaces what a file holds, with the right sum."""
 
     def write(path: Path) -> None:
-        content = change(path.read_bytes()[seccomp_cache._HEAD_BYTES :])
-        path.write_bytes(seccomp_cache._MAGIC + hashlib.sha256(content).digest() + content)
+        content = change(path.read_bytes()[HEAD_BYTES:])
+        path.write_bytes(MAGIC + hashlib.sha256(content).digest() + content)
 
     return write
 

@@ -56,12 +56,13 @@ def show(name_or_file: str, as_json: bool) -> None:
     """Show the effective value of every key, and every system call that the seccomp filter decides on."""
     from sandboxd import policy as policies
     from sandboxd import seccomp
+    from sandboxd.policyfiles import file_of
 
     shown = policies.load(name_or_file)
     try:
         filtered = seccomp.effective(shown.seccomp.profile, shown.seccomp.allow, shown.seccomp.deny)
     except PolicyError as problem:
-        raise policies.located(problem, policies.file_of(name_or_file)) from None
+        raise policies.located(problem, file_of(name_or_file)) from None
     if as_json:
         output.emit_json(
             {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 __all__ = ["serve"]
@@ -19,6 +21,8 @@ __all__ = ["serve"]
 @click.pass_context
 def serve(ctx: click.Context, socket_path: str | None, config_path: str | None) -> None:
     """Run the daemon on a Unix socket, in the foreground, until a signal ends it."""
+    # asyncio takes ssl along when it is there. The daemon speaks to nobody over a network.
+    sys.modules.setdefault("ssl", None)  # type: ignore[arg-type]
     from sandboxd.daemon import main
 
     ctx.exit(main(config_path, socket_path))

@@ -136,14 +136,14 @@ def _audit(table: object) -> dict[str, Any] | None:
 
 def directories(config: DaemonConfig) -> list[Path]:
     """Where policies are looked for, in this order: the operator's directory, then the shipped ones."""
-    from sandboxd.policy import SYSTEM_DIR, policies_dir
+    from sandboxd.policyfiles import SYSTEM_DIR, policies_dir
 
     return [config.policies_dir or SYSTEM_DIR, policies_dir()]
 
 
 def find_policy(config: DaemonConfig, name: str, key: str | None = None) -> Path:
     """The file of the policy *name*. Raises PolicyError, for *key*."""
-    from sandboxd.policy import find
+    from sandboxd.policyfiles import find
 
     try:
         return find(name, directories(config))

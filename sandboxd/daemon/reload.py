@@ -37,7 +37,8 @@ def plan(now: DaemonConfig, new: DaemonConfig, in_force: Mapping[str, tuple[dict
     all mistakes.
     """
     from sandboxd import seccomp
-    from sandboxd.policy import installed, load, policies_dir
+    from sandboxd.policy import load
+    from sandboxd.policyfiles import installed, policies_dir
 
     places = directories(new)
     known = installed(places)

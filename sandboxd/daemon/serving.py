@@ -10,13 +10,11 @@ import asyncio
 import contextlib
 import errno
 import faulthandler
-import json
 import logging
 import os
 import signal
 import socket
 import struct
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +24,9 @@ from sandboxd import protocol
 from sandboxd.daemon import journal, watchdog
 from sandboxd.daemon.config import DaemonConfig, find_policy, load_config
 from sandboxd.daemon.listening import BACKLOG, handed_over, listen
+from sandboxd.daemon.network import NetworkCheck
 from sandboxd.daemon.notify import Notifier
+from sandboxd.daemon.policies import plain_policy
 from sandboxd.daemon.reload import plan
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
@@ -65,19 +65,6 @@ def _make_directory(settings: AuditSettings) -> None:
         if settings.on_failure == "continue":
             return  # that it cannot be opened will be logged
         raise Unavailable("audit", error.errno, "make the directory of the audit record", str(path.parent)) from error
-
-
-def _read_policy(config: DaemonConfig, name: str) -> dict[str, Any]:
-    """The plain values of the installed policy *name*. For a thread: pydantic takes a third of a start, and the
-    engine works meanwhile. Raises PolicyError.
-    """
-    from sandboxd.policy import load
-
-    file = find_policy(config, name)
-    found = load(file)
-    if found.name != name:
-        raise PolicyError(f"The file of the policy {name!r} names itself {found.name!r}.", file=str(file), key="name")
-    return found.plain()
 
 
 class Daemon:
@@ -126,7 +113,8 @@ class Daemon:
                 self._engine.foresee(likely=self._config.default_policy == "default")
                 # The default policy, proved sealed, before anybody is let in.
                 self._notifier.extend(POLICY_SECONDS)
-                await self._check_network(await self._policy(None))
+                async with NetworkCheck() as network:
+                    await network.ask((await self._policy(None)).zygote.pid)
                 if self._given is None:
                     listener.listen(BACKLOG)
                 listener.setblocking(False)
@@ -255,21 +243,6 @@ class Daemon:
 
     # Clients
 
-    async def _check_network(self, prepared: Prepared) -> None:
-        """Ask the kernel by rtnetlink what the zygote's network namespace holds; in a process of its own, for who is
-        not root has to enter the user namespace first, which only a process with one thread may.
-        """
-        command = [sys.executable, "-P", "-m", "sandboxd.netns_check", f"/proc/{prepared.zygote.pid}/ns/net"]
-        pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(
-            *command, stdout=pipe, stderr=pipe, stdin=asyncio.subprocess.DEVNULL
-        )
-        said, complaint = await asyncio.wait_for(process.communicate(), 30)
-        if process.returncode != 0 or json.loads(said):
-            fix = "a new network namespace must hold nothing but lo, down; see sandboxd doctor"
-            what = (said or complaint).decode("utf-8", "replace").strip()[-500:]
-            raise Unavailable("self-test", None, fix, f"the cells' network namespace is not empty: {what}")
-
     async def _policy(self, name: str | None) -> Prepared:
         """An installed policy by its name, in force: of policies_dir, then the shipped ones. Files are read when first
         asked for, and again by a reload.
@@ -278,7 +251,9 @@ class Daemon:
         if chosen not in self._plain:
             async with self._reloading:
                 if chosen not in self._plain:
-                    self._plain[chosen] = await asyncio.to_thread(_read_policy, self._config, chosen)
+                    self._plain[chosen] = await asyncio.to_thread(
+                        plain_policy, find_policy(self._config, chosen), chosen
+                    )
         return await self._engine.prepared(chosen, self._plain[chosen])
 
     def _accept(self, listener: socket.socket) -> None:

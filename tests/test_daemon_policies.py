@@ -1,0 +1,129 @@
+"""What a daemon remembers of its policies' texts, and when it reads anew; what its network check says."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from sandboxd import policy
+from sandboxd.cache import HEAD_BYTES, MAGIC
+from sandboxd.daemon import policies
+from sandboxd.daemon.network import NetworkCheck
+from sandboxd.daemon.policies import plain_policy
+from sandboxd.errors import PolicyError, Unavailable
+from tests.modes import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MINE = 'name = "mine"\n[limits]\nwall_seconds = {seconds}\n'
+QUIETLY = """
+import sys
+from pathlib import Path
+from sandboxd.daemon.policies import plain_policy
+plain = plain_policy(Path(sys.argv[1]), "mine", Path(sys.argv[2]))
+print(plain["limits"]["wall_seconds"], "pydantic" in sys.modules)
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE.format(seconds=7))
+    return path
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    return tmp_path / "kept"
+
+
+@pytest.mark.parametrize("name", policy.installed([policy.policies_dir()]))
+def test_shipped_policy_means_the_same_from_the_cache(name: str, kept: Path) -> None:
+    path = policy.policies_dir() / f"{name}.toml"
+    found = [plain_policy(path, name, kept) for _ in range(2)]
+    assert found == [policy.load(path).plain()] * 2
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_text_that_is_known_needs_no_pydantic(file: Path, kept: Path) -> None:
+    command = [sys.executable, "-c", QUIETLY, str(file), str(kept)]
+    said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert said == ["7.0 True\n", "7.0 False\n"]
+
+
+def test_other_text_or_another_version_is_read_anew(file: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 7
+    file.write_text(MINE.format(seconds=8))
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 8
+    for path in kept.iterdir():
+        forge(path, b'"wall_seconds": 8.0', b'"wall_seconds": 9.0')
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 9  # it was believed: it is the user's own
+    monkeypatch.setattr(policies, "_identity", lambda: iter(["another"]))
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 8
+
+
+def forge(path: Path, old: bytes, new: bytes) -> None:
+    """Change what is kept as its owner could."""
+    content = path.read_bytes()[HEAD_BYTES:].replace(old, new)
+    path.write_bytes(MAGIC + hashlib.sha256(content).digest() + content)
+
+
+@pytest.mark.parametrize("how", ["torn", "of others", "no policy", "another policy"])
+def test_file_that_is_not_as_it_was_kept_is_not_believed(file: Path, kept: Path, how: str) -> None:
+    expected = plain_policy(file, "mine", kept)
+    (path,) = kept.iterdir()
+    if how == "torn":
+        path.write_bytes(path.read_bytes().replace(b"7.0", b"9.0"))
+    elif how == "of others":
+        forge(path, b"7.0", b"9.0")
+        path.chmod(0o644)
+    elif how == "no policy":
+        forge(path, path.read_bytes()[HEAD_BYTES:], b"[]")
+    else:
+        forge(path, b'"name": "mine"', b'"name": "yours"')
+    assert plain_policy(file, "mine", kept) == expected
+
+
+@pytest.mark.parametrize("chosen", ['allow = ["ptrace"]', 'deny = ["uname"]'])
+def test_policy_that_is_checked_against_more_than_its_text_is_not_kept(file: Path, kept: Path, chosen: str) -> None:
+    file.write_text(f'name = "mine"\n[seccomp]\n{chosen}\n')
+    assert plain_policy(file, "mine", kept) == policy.load(file).plain()
+    assert list(kept.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [('name = "yours"\n', "names itself"), ("name = 1\n", "name"), ("no toml", "TOML")]
+)
+def test_wrong_policy_is_refused_each_time(file: Path, kept: Path, text: str, words: str) -> None:
+    file.write_text(text)
+    for _ in range(2):
+        with pytest.raises(PolicyError, match=words):
+            plain_policy(file, "mine", kept)
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root: an ordinary user's check is in tests/rootless")
+def test_network_that_is_not_empty_is_told() -> None:
+    async def main() -> None:
+        async with NetworkCheck() as network:
+            await network.ask(os.getpid())
+
+    with pytest.raises(Unavailable, match=r"not empty: .*lo is up") as caught:
+        asyncio.run(main())
+    assert caught.value.stage == "self-test"
+
+
+@pytest.mark.skipif(not ROOT, reason="needs root: an ordinary user's check is in tests/rootless")
+def test_network_that_cannot_be_entered_is_told() -> None:
+    async def main() -> None:
+        async with NetworkCheck() as network:
+            await network.ask(1 << 22)
+
+    with pytest.raises(Unavailable, match=r"cannot be looked into: .*No such file"):
+        asyncio.run(main())
