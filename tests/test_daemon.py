@@ -27,6 +27,7 @@ from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, Unavailable
 from tests import daemons, leftovers
 from tests.daemons import SLEEP, Child, Served, as_user
+from tests.test_crash import named
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -419,6 +420,22 @@ def test_fifty_threads_share_one_handle(sandbox: Sandbox) -> None:
 
 
 # The caller
+
+
+def test_a_long_run_on_an_old_zygote_keeps_no_other_policys_from_being_replaced(home: Path) -> None:
+    with daemons.served(home, "rotating", pool={"minimum": 1, "maximum": 1, "zygote_seconds": 1}) as served:
+        with served.sandbox() as one, served.sandbox(policy="strict") as other:
+            assert other.run("1").status == "ok"
+            long = Started(one, 1)
+            seen: set[int] = set()
+
+            def replaced() -> bool:
+                seen.update(process.pid for process in named(served.pid, "zygote"))
+                return len(seen) >= 8
+
+            leftovers.eventually(replaced, 24, "many zygotes")  # while the run of 25 s goes on, which holds its own
+            assert not long.futures[0].done()
+        long.errors()
 
 
 def test_after_fork_the_childs_copy_is_closed(sandbox: Sandbox) -> None:

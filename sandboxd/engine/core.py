@@ -35,7 +35,7 @@ from sandboxd.wire import Run, check_inputs_fit
 from sandboxd.zygote import ZygoteLost
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 
     from sandboxd.engine.answer import Answer
     from sandboxd.engine.config import EngineConfig
@@ -85,7 +85,8 @@ class Engine:
         self.dying = Dying()
         self.makers = max(2, self.cpus)
         self._leases: dict[Leases, None] = {}
-        self._retired: set[asyncio.Task[None]] = set()
+        self._retired: dict[asyncio.Task[None], str] = {}
+        """What replaces a zygote, or waits for the end of the last run of one that was, with its policy's key."""
         self._held: Counter[object] = Counter()
         self._shares: weakref.WeakValueDictionary[object, Share] = weakref.WeakValueDictionary()
         # By the uid that asked, in the order in which the uids are served.
@@ -235,11 +236,14 @@ class Engine:
     def rotate(self, old: Prepared) -> None:
         """Put a new zygote in the place of *old*'s, which is closed once its runs are over."""
         key = next((key for key, one in self._prepared.items() if one is old), None)
-        if key is None or self._closed or key in self._preparing or self._retired:
+        if key is None or self._closed or key in self._preparing or key in self._retired.values():
             return
-        task = asyncio.get_running_loop().create_task(self._rotate(key, old))
-        self._retired.add(task)
-        task.add_done_callback(self._retired.discard)
+        self._retire(key, self._rotate(key, old))
+
+    def _retire(self, key: str, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._retired[task] = key
+        task.add_done_callback(self._retired.pop)
 
     async def _rotate(self, key: str, old: Prepared) -> None:
         try:
@@ -301,9 +305,7 @@ class Engine:
                 self._prepared[key] = made[key]
                 made[key].pool.open()
             if old is not None:
-                outliving = asyncio.get_running_loop().create_task(self._outlive(old))
-                self._retired.add(outliving)
-                outliving.add_done_callback(self._retired.discard)
+                self._retire(key, self._outlive(old))
 
     async def _proved(self, plain: dict[str, Any]) -> Prepared:
         """*plain* in force, with a first cell that tried to cross every wall."""
