@@ -24,6 +24,8 @@ MAGIC: Final = b"sandboxd cache\n"
 HEAD_BYTES: Final = len(MAGIC) + hashlib.sha256().digest_size
 MOST_BYTES: Final = 1 << 21
 """Of one file."""
+MOST_FILES: Final = 256
+"""With more of them the older half goes: each text, and each version of what makes something of it, has its own."""
 
 
 def cache_directory() -> Path:
@@ -95,6 +97,8 @@ def _load(where: int, name: str) -> bytes:
 
 def _store(where: int, name: str, content: bytes) -> None:
     """Put *content* into the directory *where* as *name*, whole or not at all. Raises OSError."""
+    if HEAD_BYTES + len(content) > MOST_BYTES:
+        return
     draft = f".{name}.{os.urandom(8).hex()}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with contextlib.ExitStack() as undo:
@@ -105,3 +109,18 @@ def _store(where: int, name: str, content: bytes) -> None:
             file.write(MAGIC + hashlib.sha256(content).digest() + content)
         os.rename(draft, name, src_dir_fd=where, dst_dir_fd=where)
         undo.pop_all()
+    _tidy(where)
+
+
+def _tidy(where: int) -> None:
+    """Remove the files that were stored first when there are too many. Raises OSError."""
+    names = os.listdir(where)
+    if len(names) <= MOST_FILES:
+        return
+    ages: dict[str, int] = {}
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            ages[name] = os.stat(name, dir_fd=where, follow_symlinks=False).st_mtime_ns
+    for name in sorted(ages, key=ages.__getitem__)[: -MOST_FILES // 2]:
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            os.unlink(name, dir_fd=where)

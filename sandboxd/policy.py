@@ -368,11 +368,17 @@ def load(policy: str | Path | Policy = "default", directories: Sequence[Path] | 
     if isinstance(policy, Policy):
         return policy
     file = file_of(policy, directories)
-    text = read(file)
+    return meant(read(file), file, named=is_name(policy))
+
+
+def meant(text: str, file: Path, named: bool = False) -> Policy:
+    """The policy that *text*, the content of *file*, describes; *named*: it was asked for by name, which it must then
+    bear. Raises PolicyError.
+    """
     loaded, problems = parse_toml(text, str(file), file.stem)
     if loaded is None:
         raise problems[0]
-    if loaded.name != file.stem and is_name(policy):
+    if named and loaded.name != file.stem:
         # Receipts and audit records would show another name than the one that was asked for.
         message = f"name: {loaded.name!r} differs from the file's name, {file.stem!r}."
         raise PolicyError(message, str(file), _line(text, "name"), "name")

@@ -329,6 +329,12 @@ def test_streams_pass_through_byte_for_byte(stand: Stand) -> None:
     assert done.stderr == "warned\nsandboxd: error: the program ended with exit status 3\n"
 
 
+def test_what_a_daemons_policy_sets_is_not_to_be_raised_by_an_option() -> None:
+    result = ended("timeout", limits_hit=[hit("wall_seconds", 3, "clock", "")])
+    assert str(reason(result, options={"memory_bytes"})).endswith("raise wall_seconds in the [limits] of a policy")
+    assert str(reason(result, options={"wall_seconds"})).endswith("raise it with --timeout")
+
+
 def test_a_hostile_message_is_escaped_in_the_reason(stand: Stand) -> None:
     error = SimpleNamespace(type="E", message="\x1b]0;owned\x07\nsandboxd: all is well", line=1)
     stand.answer = lambda _: ended("error", exit_code=1, error=error)

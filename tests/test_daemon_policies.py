@@ -7,20 +7,17 @@ import hashlib
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
-from sandboxd import policy
+from sandboxd import cache, policy
 from sandboxd.cache import HEAD_BYTES, MAGIC
 from sandboxd.daemon import policies
 from sandboxd.daemon.network import NetworkCheck
 from sandboxd.daemon.policies import plain_policy
 from sandboxd.errors import PolicyError, Unavailable
 from tests.modes import ROOT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 MINE = 'name = "mine"\n[limits]\nwall_seconds = {seconds}\n'
 QUIETLY = """
@@ -91,6 +88,45 @@ def test_file_that_is_not_as_it_was_kept_is_not_believed(file: Path, kept: Path,
     assert plain_policy(file, "mine", kept) == expected
 
 
+def test_file_that_changes_while_it_is_read_is_kept_as_what_was_read(
+    file: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for a text must be its own meaning: it is believed as long as the text is the same."""
+    meant = policies._meant
+
+    def meanwhile(text: str, path: Path) -> policy.Policy:
+        file.write_text(MINE.format(seconds=9))
+        return meant(text, path)
+
+    monkeypatch.setattr(policies, "_meant", meanwhile)
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 7
+    monkeypatch.undo()
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 9
+    file.write_text(MINE.format(seconds=7))
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 7
+
+
+def test_policy_is_read_also_where_nothing_can_be_remembered(
+    tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    place.mkdir()
+    (place / "mine.toml").write_text(MINE.format(seconds=7))
+    assert plain_policy(place / "mine.toml", "mine", kept)["limits"]["wall_seconds"] == 7
+    monkeypatch.setattr(policies, "_DECIDING", (("sandboxd", "no_such.py"),))
+    assert plain_policy(place / "mine.toml", "mine", kept)["limits"]["wall_seconds"] == 7
+    assert len(list(kept.iterdir())) == 1
+
+
+def test_cache_does_not_grow_without_end(file: Path, kept: Path) -> None:
+    for seconds in range(1, cache.MOST_FILES + 2):
+        file.write_text(MINE.format(seconds=seconds))
+        plain_policy(file, "mine", kept)
+    assert len(list(kept.iterdir())) == cache.MOST_FILES // 2
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == cache.MOST_FILES + 1
+    assert len(list(kept.iterdir())) == cache.MOST_FILES // 2  # the newest is among them
+
+
 @pytest.mark.parametrize("chosen", ['allow = ["ptrace"]', 'deny = ["uname"]'])
 def test_policy_that_is_checked_against_more_than_its_text_is_not_kept(file: Path, kept: Path, chosen: str) -> None:
     file.write_text(f'name = "mine"\n[seccomp]\n{chosen}\n')
@@ -99,7 +135,7 @@ def test_policy_that_is_checked_against_more_than_its_text_is_not_kept(file: Pat
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [('name = "yours"\n', "names itself"), ("name = 1\n", "name"), ("no toml", "TOML")]
+    ("text", "words"), [('name = "yours"\n', "differs from the file"), ("name = 1\n", "name"), ("no toml", "TOML")]
 )
 def test_wrong_policy_is_refused_each_time(file: Path, kept: Path, text: str, words: str) -> None:
     file.write_text(text)

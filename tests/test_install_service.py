@@ -16,7 +16,7 @@ from sandboxd.daemon import load_config
 from sandboxd.errors import Unavailable
 from sandboxd.ids import IdRange
 from sandboxd.service import place, plans, subids, texts
-from sandboxd.service.steps import DropSubids, Host
+from sandboxd.service.steps import Host
 
 COMMAND = "/usr/bin/sandboxd"
 UNITS = "etc/systemd/system"
@@ -170,19 +170,52 @@ def test_free_range_avoids_ids_of_a_directory_service() -> None:
         subids.free_range([], known=lambda _: True)
 
 
-def test_uninstall_leaves_what_belongs_to_another_user_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = {"/var/lib/sandboxd", "/var/log/sandboxd"}
-    monkeypatch.setattr(plans, "is_running", lambda: False)
+STRANGER = "sandboxd:x:61007:61007:a colleague:/var/lib/sandboxd:/bin/sh\n"
 
-    def named(comment: str) -> set[str]:
-        entry = pwd.struct_passwd(("sandboxd", "x", 990, 990, comment, "/home/sandboxd", "/bin/sh"))
-        monkeypatch.setattr(pwd, "getpwnam", lambda _: entry)
-        steps = plans.uninstall(Host(), plans.ADMIN)
-        ids = {"ids"} if any(isinstance(step, DropSubids) for step in steps) else set()
-        return {step.path for step in steps} & own | ids
 
-    assert named("a colleague") == set()
-    assert named(texts.GECOS) == {*own, "ids"}
+def refused(tree: Path, *words: str) -> str:
+    done = CliRunner().invoke(cli, ["install-service", "--root", str(tree), "--exec", COMMAND, *words])
+    assert done.exit_code == 125, done.output
+    return done.output
+
+
+def test_somebody_else_of_that_name_gets_no_service(tree: Path) -> None:
+    with (tree / "etc/passwd").open("a") as file:
+        file.write(STRANGER)
+    before = listing(tree)
+    assert "there is a user sandboxd already" in refused(tree)
+    assert "there is a user sandboxd already" in refused(tree, "--packaged")
+    assert "would be refused: " in refused(tree, "--dry-run")
+    assert listing(tree) == before
+
+
+def test_removal_leaves_what_belongs_to_somebody_else_of_that_name(tree: Path) -> None:
+    command(tree)
+    with (tree / "etc/passwd").open("a") as file:
+        file.write(STRANGER)
+    places = ("var/lib/sandboxd", "var/log/sandboxd", "var/cache/sandboxd", "run/sandboxd")
+    for name in places:
+        (tree / name).mkdir(parents=True)
+        (tree / name / "mine").write_text("mine")
+    for name in places[:3]:
+        os.chown(tree / name, 61_007, 61_007)
+    said = command(tree, "--uninstall")
+    assert [(tree / name / "mine").exists() for name in places] == [True, True, True, False]  # the last is root's
+    assert (tree / "var/log/sandboxd").stat().st_uid == 61_007
+    assert "kept: /var/cache/sandboxd, which is somebody else's" in said
+    assert "sandboxd:" in (tree / "etc/subuid").read_text()
+    assert not list((tree / UNITS).glob("sandboxd.*"))
+
+
+def test_removal_wants_nothing_but_the_caller(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that there is no package and no stranger, which an installation wants: units of ours would hide theirs."""
+    command(tree)
+    (tree / "usr/lib/systemd/system").mkdir(parents=True)
+    (tree / "usr/lib/systemd/system/sandboxd.service").write_text("[Unit]\n")
+    assert "the package sandboxd has installed the service already" in refused(tree)
+    assert "remove /etc/systemd/system/sandboxd.service" in command(tree, "--uninstall")
+    monkeypatch.setattr(os, "geteuid", lambda: 61_005)
+    assert "installed by root" in refused(tree, "--uninstall")
 
 
 def test_lock_of_a_living_tool_is_waited_for_and_one_of_a_dead_is_not(
@@ -274,7 +307,7 @@ def test_an_account_that_no_installation_made_gets_nothing(monkeypatch: pytest.M
     person = pwd.struct_passwd(("sandboxd", "x", 1000, 1000, "Sandy Boxd", "/home/sandboxd", "/bin/sh"))
     monkeypatch.setattr(pwd, "getpwnam", lambda _: person)
     with pytest.raises(Unavailable, match="rename it"):
-        plans.check_account()
+        plans.check_account(Host())
 
 
 # Texts
@@ -315,7 +348,8 @@ def test_user_installation_is_below_their_home(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
     done = CliRunner().invoke(cli, ["install-service", "--user", "--dry-run", "--exec", COMMAND])
-    assert done.exit_code == 0, done.output
+    assert done.exit_code == 125, done.output
+    assert "would be refused: install: root has the service of the system" in done.output
     paths = [line.split()[2] for line in done.output.splitlines() if line.startswith("would write")]
     assert paths
     assert all(path.startswith(str(tmp_path)) for path in paths)

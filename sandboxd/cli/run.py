@@ -20,7 +20,7 @@ import click
 from sandboxd.cli import EXIT_INTERRUPTED, EXIT_UNAVAILABLE, failure_status, output
 from sandboxd.cli.files import BadInput, plan_inputs, read_bounded
 from sandboxd.cli.params import ADDRESS, LimitType
-from sandboxd.cli.verdict import exit_status, reason
+from sandboxd.cli.verdict import OPTIONS, exit_status, reason
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, SandboxError
 from sandboxd.wire import CODE_MAX_BYTES, check_args, check_code, check_env, check_filename
 
@@ -266,7 +266,7 @@ def execute(job: Job, given: dict[str, Any], limits: dict[str, Any], directory: 
                 )
             if as_json:
                 output.write(result.to_json())
-            elif words := reason(result, policy_shown(given)):
+            elif words := reason(result, policy_shown(given), limits if given["connect"] else OPTIONS):
                 if not stderr.at_line_start:
                     output.write(err=True)
                 output.complain(words)

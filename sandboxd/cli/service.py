@@ -29,14 +29,16 @@ __all__ = ["install_service"]
 )
 @click.option("--exec", "program", metavar="PATH", help="The sandboxd command that the units start, if not this one.")
 @click.option("--packaged", is_flag=True, hidden=True, help="For a package's scripts: its files are there.")
+@click.pass_context
 def install_service(
-    dry_run: bool, uninstall: bool, for_user: bool, root: str, program: str | None, packaged: bool
+    ctx: click.Context, dry_run: bool, uninstall: bool, for_user: bool, root: str, program: str | None, packaged: bool
 ) -> None:
     """Install the systemd service: units, user, subordinate ids and directories.
 
     What is there already stays as it is; a second time changes nothing. The socket is enabled and started, and the
     daemon with its first client.
     """
+    from sandboxd.errors import Unavailable
     from sandboxd.service import place, plans
     from sandboxd.service.steps import Host
 
@@ -45,12 +47,21 @@ def install_service(
     host = Host(Path(root), for_user)
     layout = plans.PACKAGE if packaged else plans.ADMIN
     command = place.command() if program is None else [program]
-    if not dry_run:
-        if not packaged:
+    refusal = None
+    try:
+        if uninstall:
+            plans.check_caller(host)
+        elif packaged:  # in a container there may be no systemd
+            plans.check_account(host)
+        else:
             plans.check(host)
             plans.check_alone(host)
-        if program is None and not uninstall and not for_user and not packaged:
-            place.check(command[0])
+            if program is None and not for_user:
+                place.check(command[0])
+    except Unavailable as error:
+        if not dry_run:
+            raise
+        refusal = error
     if for_user:
         steps = plans.uninstall_for_user(host) if uninstall else plans.install_for_user(host, command)
     else:
@@ -59,6 +70,9 @@ def install_service(
     done = _show(host, steps) if dry_run else _perform(host, steps)
     for kept in host.kept:
         output.write(f"kept: {output.escape(kept)}")
+    if refusal is not None:
+        output.write(f"would be refused: {output.escape(str(refusal))}")
+        ctx.exit(125)
     if not done:
         output.write("Nothing to do." if uninstall else "Everything is installed already.")
     elif not dry_run and not uninstall and host.live and not for_user:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from sandboxd.limits import LIMITS, spell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Container, Sequence
 
-__all__ = ["FIXED", "exit_status", "reason"]
+__all__ = ["FIXED", "OPTIONS", "exit_status", "reason"]
 
 # Statuses whose exit status does not depend on the program.
 FIXED = {
@@ -72,17 +72,17 @@ def exit_status(result: Ended) -> int:
     return ((result.exit_code or 0) & 0xFF) or 1
 
 
-def reason(result: Explained, policy: str = "NAME") -> str | None:
+def reason(result: Explained, policy: str = "NAME", options: Container[str] = frozenset(OPTIONS)) -> str | None:
     """Why the run did not end well, in one line without our name and not yet escaped; None when it did. *policy* is
-    what ``sandboxd policy show`` takes to show the run's.
+    what ``sandboxd policy show`` takes to show the run's; *options* are limits that the caller can raise by an option.
     """
     if result.status == "ok":
         return None
     explanations: dict[str, Callable[[Explained], str]] = {
-        "timeout": _timeout,
-        "cpu": _cpu,
-        "memory": _memory,
-        "output": _output,
+        "timeout": lambda result: _timeout(result, options),
+        "cpu": lambda result: _cpu(result, options),
+        "memory": lambda result: _memory(result, options),
+        "output": lambda result: _output(result, options),
         "denied": lambda result: _denied(result, policy),
         "killed": _killed,
         "error": _error,
@@ -123,37 +123,37 @@ def _spelled(hit: Any) -> str:
     return f"{_value(hit)} ({_evidence(hit)})"
 
 
-def _remedy(limit: str) -> str:
-    if limit in OPTIONS:
+def _remedy(limit: str, options: Container[str]) -> str:
+    if limit in OPTIONS and limit in options:
         return f"raise it with {OPTIONS[limit]}"
     return f"raise {limit} in the [limits] of a policy"
 
 
-def _stopped(what: str, result: Explained, limit: str, *, evidence: bool) -> str:
+def _stopped(what: str, result: Explained, limit: str, options: Container[str], *, evidence: bool) -> str:
     hit = _cause(result)
     if hit is None:
-        return f"{what} (limit {limit}); {_remedy(limit)}"
+        return f"{what} (limit {limit}); {_remedy(limit, options)}"
     proof = f"; {_evidence(hit)}" if evidence else ""
-    return f"{what} (limit {_value(hit)}{proof}); {_remedy(limit)}"
+    return f"{what} (limit {_value(hit)}{proof}); {_remedy(limit, options)}"
 
 
-def _timeout(result: Explained) -> str:
+def _timeout(result: Explained, options: Container[str]) -> str:
     what = f"stopped after {result.usage.wall_seconds:.1f} s of wall clock"
-    return _stopped(what, result, "wall_seconds", evidence=False)
+    return _stopped(what, result, "wall_seconds", options, evidence=False)
 
 
-def _cpu(result: Explained) -> str:
+def _cpu(result: Explained, options: Container[str]) -> str:
     used = (result.usage.cpu_user_seconds or 0) + (result.usage.cpu_system_seconds or 0)
     what = f"stopped after {used:.1f} s of CPU time in all its processes"
-    return _stopped(what, result, "cpu_seconds", evidence=False)
+    return _stopped(what, result, "cpu_seconds", options, evidence=False)
 
 
-def _memory(result: Explained) -> str:
-    return _stopped("the program needed more memory than it may have", result, "memory_bytes", evidence=True)
+def _memory(result: Explained, options: Container[str]) -> str:
+    return _stopped("the program needed more memory than it may have", result, "memory_bytes", options, evidence=True)
 
 
-def _output(result: Explained) -> str:
-    return _stopped("stopped because it wrote too much", result, "output_stop_bytes", evidence=True)
+def _output(result: Explained, options: Container[str]) -> str:
+    return _stopped("stopped because it wrote too much", result, "output_stop_bytes", options, evidence=True)
 
 
 def _denied(result: Explained, policy: str) -> str:

@@ -92,7 +92,9 @@ def _read_config(chosen: Path, may_be_missing: bool) -> DaemonConfig:
     if "group" in values:
         group_id(config.group)
     if config.policies_dir is not None and not (config.policies_dir.is_absolute() and config.policies_dir.is_dir()):
-        what = f"policies_dir must be the absolute path of a directory that exists, not {shown(values['policies_dir'])}"
+        what = (
+            f"policies_dir must be the absolute path of a directory that exists, not {shown(str(config.policies_dir))}"
+        )
         raise PolicyError(f"{what}.", key="policies_dir")
     if "default_policy" in values:
         find_policy(config, config.default_policy, "default_policy")

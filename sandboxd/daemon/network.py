@@ -72,8 +72,10 @@ class NetworkCheck:
         if process.returncode != 0:
             last = complaint.decode("utf-8", "replace").strip().splitlines()[-1:]
             raise _unseen(last[0][:500] if last else f"the check ended with status {process.returncode}")
-        found = json.loads(said)
-        return [str(one) for one in found]
+        try:
+            return [str(one) for one in json.loads(said)]
+        except ValueError:
+            raise _unseen(f"this is no answer: {said[:200]!r}") from None
 
 
 def _unseen(why: str) -> Unavailable:

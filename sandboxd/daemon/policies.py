@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sandboxd
-from sandboxd import limits, policyfiles
+from sandboxd import policyfiles
 from sandboxd.cache import cached
-from sandboxd.errors import PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sandboxd.policy import Policy
+
 __all__ = ["plain_policy"]
 
-_MEANING: Final = ("policy.py", Path(limits.__file__).name)
-"""The modules that decide what a policy's text means: with another one of them nothing is remembered."""
+_DECIDING: Final = (
+    ("sandboxd", "policy.py"),
+    ("sandboxd", "policyfiles.py"),
+    ("sandboxd", "limits.py"),
+    ("pydantic", "version.py"),
+)
+"""Packages, and files in them, that decide what a policy's text means: with another one nothing is remembered."""
 
 
 class _NotToBeKept(Exception):
-    """For this file more than its text counts; its value is what it means now."""
+    """For this policy more than its text counts."""
 
     def __init__(self, plain: dict[str, Any]) -> None:
         super().__init__()
@@ -30,36 +38,53 @@ class _NotToBeKept(Exception):
 
 
 def plain_policy(file: Path, name: str, directory: Path | None = None) -> dict[str, Any]:
-    """The plain values of the policy *name* in *file*, from the cache in *directory* (default: ``cache_directory()``)
-    when the same text was read before. Raises PolicyError.
+    """The plain values of the policy *name*, whose *file* is named for it, from the cache in *directory* (default:
+    ``cache_directory()``) when the same text was read before. Raises PolicyError.
     """
     text = policyfiles.read(file)
-    key = hashlib.sha256("\n".join(("policy", *_identity(), name, str(file), text)).encode()).hexdigest()
     try:
-        content = cached(f"{key}.json", lambda kept: _checked(kept, name), lambda: _made(file, name), directory)
+        key = json.dumps(["policy", *_identity(), name, os.fsdecode(file), text])
+    except OSError:
+        return _meant(text, file).plain()
+    try:
+        content = cached(
+            f"{hashlib.sha256(key.encode()).hexdigest()}.json",
+            lambda kept: _checked(kept, name),
+            lambda: _made(text, file),
+            directory,
+        )
     except _NotToBeKept as made:
         return made.plain
     return _checked(content, name)
 
 
 def _identity() -> Iterator[str]:
+    """What changes with the deciding modules. Raises OSError where they are no files."""
     yield sandboxd.__version__
-    for module in _MEANING:
-        status = Path(sandboxd.__file__).with_name(module).stat()
+    for package, module in _DECIDING:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(package)
+        status = Path(spec.origin).with_name(module).stat()
         yield f"{module} {status.st_size} {status.st_mtime_ns}"
 
 
-def _made(file: Path, name: str) -> bytes:
-    from sandboxd.policy import SHIPPED_PROFILES, load
+def _meant(text: str, file: Path) -> Policy:
+    from sandboxd.policy import meant
 
-    found = load(file)
-    if found.name != name:
-        raise PolicyError(f"The file of the policy {name!r} names itself {found.name!r}.", file=str(file), key="name")
+    return meant(text, file, named=True)
+
+
+def _made(text: str, file: Path) -> bytes:
+    """Of this very *text*: what the file holds by now may be another one."""
+    from sandboxd.policy import SHIPPED_PROFILES
+
+    found = _meant(text, file)
     plain = found.plain()
     chosen = found.seccomp
     if chosen.allow or chosen.deny or chosen.profile not in SHIPPED_PROFILES:
         raise _NotToBeKept(plain)  # checked against a profile's file, and against the table of calls
-    return json.dumps(plain, allow_nan=False).encode()
+    return json.dumps(plain, allow_nan=False, ensure_ascii=False).encode()
 
 
 def _checked(content: bytes, name: str) -> dict[str, Any]:

@@ -64,7 +64,8 @@ def _make_directory(settings: AuditSettings) -> None:
     except OSError as error:
         if settings.on_failure == "continue":
             return  # that it cannot be opened will be logged
-        raise Unavailable("audit", error.errno, "make the directory of the audit record", str(path.parent)) from error
+        fix = "make the directory of the audit record, or name another file as path in [audit] of the configuration"
+        raise Unavailable("audit", error.errno, fix, str(path.parent)) from error
 
 
 class Daemon:

@@ -16,7 +16,8 @@ __all__ = ["command", "problem"]
 _HIDDEN: Final = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - those that the unit covers
 _MOST_LINKS: Final = 40  # as the kernel: MAXSYMLINKS
 _FIX: Final = (
-    "install it where root alone writes: python3 -m venv /opt/sandboxd && /opt/sandboxd/bin/pip install sandboxd"
+    "install it where root alone writes, with the system's own Python: /usr/bin/python3 -m venv /opt/sandboxd && "
+    "/opt/sandboxd/bin/pip install SOURCE, sandboxd's source tree or wheel"
 )
 
 
@@ -44,7 +45,8 @@ def problem(path: str) -> str:
     while pending:
         one = one / pending.pop(0)
         if str(one) in _HIDDEN:
-            return f"the service does not see {one}"
+            led = f", where {path} leads" if followed else ""
+            return f"the service does not see {one}{led}"
         try:
             status = one.lstat()
             leads_to = os.readlink(one) if stat.S_ISLNK(status.st_mode) else None

@@ -102,9 +102,8 @@ def uninstall(host: Host, layout: Layout) -> list[Step]:
             Run("systemctl", "daemon-reload", wanted=_units_changed),
             Run("systemctl", "reset-failed", *_UNITS, wanted=_units_changed, may_fail=True),
         ]
-    own: list[Step] = [DropDirectory(texts.HOME, whole=True), DropLogs(LOGS), DropSubids(USER), DropUser(USER)]
-    if host.live and not _is_ours():
-        own = [DropUser(USER)]  # which keeps it; home, logs and ids are somebody else's
+    strangers = not _is_ours(host)
+    own: list[Step] = [DropDirectory(texts.HOME, whole=True), DropLogs(LOGS), DropSubids(USER)]
     return [
         *steps,
         *(DropDirectory(f"{layout.units}/{unit}.d") for unit in _UNITS),
@@ -113,9 +112,10 @@ def uninstall(host: Host, layout: Layout) -> list[Step]:
         DropFile(CONFIGURATION, texts.configuration()),
         DropDirectory(POLICIES),
         DropDirectory("/etc/sandboxd"),
-        DropDirectory("/run/sandboxd", whole=True),
-        DropDirectory("/var/cache/sandboxd", whole=True),
-        *own,
+        DropDirectory("/run/sandboxd", whole=True, of_root=strangers),
+        DropDirectory("/var/cache/sandboxd", whole=True, of_root=strangers),
+        *([] if strangers else own),
+        DropUser(USER),
     ]
 
 
@@ -164,36 +164,48 @@ def uninstall_for_user(host: Host) -> list[Step]:
 
 def check(host: Host) -> None:
     """Raises Unavailable unless the caller and the host are of the kind that an installation wants."""
-    if not host.user and os.geteuid() != 0:
-        fix = "run it as root (sudo), or with --user for a service of your own"
-        raise Unavailable("install", None, fix, "the service of the system is installed by root")
-    if host.user and os.geteuid() == 0 and host.live:
-        raise Unavailable("install", None, "leave out --user", "root has the service of the system")
+    check_caller(host)
+    check_account(host)
     if not host.live:
         return
-    if not host.user:
-        check_account()
     if not is_running():
-        fix = "run sandboxd serve under the supervisor that there is, or prepare a tree with --root DIR"
+        fix = "run sandboxd serve under the supervisor that there is"
+        if not host.user:
+            fix += ", or prepare a tree with --root DIR"
         raise Unavailable("install", None, fix, "this host was not started by systemd")
     if host.user and not host.succeeds("systemctl", "--user", "show-environment"):
         fix = f"log in as this user, or as root: loginctl enable-linger {pwd.getpwuid(os.geteuid()).pw_name}"
         raise Unavailable("install", None, fix, "no systemd of this user's can be reached")
 
 
-def check_account() -> None:
+def check_caller(host: Host) -> None:
+    """Raises Unavailable unless the caller is the one whose service it is: all that a removal wants."""
+    if not host.user and os.geteuid() != 0:
+        fix = "run it as root (sudo), or with --user for a service of your own"
+        raise Unavailable("install", None, fix, "the service of the system is installed by root")
+    if host.user and os.geteuid() == 0 and host.live:
+        raise Unavailable("install", None, "leave out --user", "root has the service of the system")
+
+
+def check_account(host: Host) -> None:
     """Raises Unavailable when somebody else has the name: that account would get the right to map any id."""
-    if not _is_ours():
+    if not host.user and not _is_ours(host):
         fix = f"rename it, or, if it was made for this: usermod --comment '{texts.GECOS}' {USER}"
         raise Unavailable("install", None, fix, f"there is a user {USER} already, which no installation made")
 
 
-def _is_ours() -> bool:
+def _is_ours(host: Host) -> bool:
     """Whether the service's user is one that an installation made, or not there."""
+    if host.live:
+        try:
+            return pwd.getpwnam(USER).pw_gecos == texts.GECOS
+        except KeyError:
+            return True
     try:
-        return pwd.getpwnam(USER).pw_gecos == texts.GECOS
-    except KeyError:
+        rows = [line.split(":") for line in host.at("/etc/passwd").read_text("utf-8", "replace").splitlines()]
+    except FileNotFoundError:
         return True
+    return all(row[4:5] == [texts.GECOS] for row in rows if row[0] == USER)
 
 
 def check_alone(host: Host) -> None:

@@ -235,12 +235,12 @@ class DropFile(Step):
 
 
 class DropDirectory(Step):
-    """Remove a directory: with *whole* and all that is in it, otherwise only when it is empty, and kept and named
-    if it is not.
+    """Remove a directory: with *whole* and all that is in it, otherwise only when it is empty; with *of_root* only when
+    it belongs to root. It is kept and named otherwise.
     """
 
-    def __init__(self, path: str, whole: bool = False) -> None:
-        self.path, self._whole = path, whole
+    def __init__(self, path: str, whole: bool = False, of_root: bool = False) -> None:
+        self.path, self._whole, self._of_root = path, whole, of_root
 
     def __str__(self) -> str:
         return f"remove {self.path}{' and what is in it' if self._whole else ''}"
@@ -248,6 +248,9 @@ class DropDirectory(Step):
     def needed(self, host: Host) -> bool:
         target = host.at(self.path)
         if target.is_symlink() or not target.is_dir():
+            return False
+        if self._of_root and target.stat().st_uid != 0:
+            host.kept.append(f"{self.path}, which is somebody else's")
             return False
         if not self._whole and any(f"{self.path}/{entry.name}" not in host.changed for entry in target.iterdir()):
             host.kept.append(f"{self.path}, which is not empty")
@@ -269,7 +272,7 @@ class DropLogs(Step):
         self.path = path
 
     def __str__(self) -> str:
-        return f"give {self.path} to root"
+        return f"give {self.path} to root, or remove it when it is empty"
 
     def needed(self, host: Host) -> bool:
         target = host.at(self.path)
