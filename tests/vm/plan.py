@@ -17,7 +17,7 @@ class Leg:
     name: str
     mode: Mode
     arguments: tuple[str, ...]
-    seconds: int = 1200
+    seconds: int = 2400
     ends_by_reset: bool = False
     """It resets the machine; the next leg begins with the next boot."""
 
@@ -54,7 +54,6 @@ MACHINES = (
                     *("tests/test_results.py", "tests/test_tool_calls.py", "tests/test_syscall_sweep.py"),
                     *("-k", "not thousand and not flood"),
                 ),
-                1500,
             ),
         ),
     ),
