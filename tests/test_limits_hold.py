@@ -95,7 +95,7 @@ def test_the_whole_tree_is_gone_after_a_timeout(sandbox: Sandbox) -> None:
     while True:
         os.write(1, b"x")
     """
-    result = inside(sandbox, code, wall_seconds=0.2)
+    result = inside(sandbox, code, wall_seconds=0.2 * SLOWER)
     assert result.status == "timeout"
     assert set(result.stdout.replace("\n", "")) >= {"x"}
     assert_serves(sandbox)

@@ -288,8 +288,8 @@ def test_interrupted_thread_leaves_the_others_alone(tools: Tools) -> None:
     import signal, threading
     def late(*_): raise TimeoutError
     signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
         tools.echo("slow")
     except TimeoutError:
         print("late")
@@ -308,12 +308,14 @@ def test_call_that_is_interrupted_while_it_is_sent_goes_out_whole(tools: Tools) 
     signal.signal(signal.SIGALRM, late)
     big, interrupted = "x" * 1_000_000, 0
     for n in range(40):
-        signal.setitimer(signal.ITIMER_REAL, 0.0005 * (n % 20 + 1))
         try:
-            tools.echo(big)
+            signal.setitimer(signal.ITIMER_REAL, 0.0005 * (n % 20 + 1))
+            try:
+                tools.echo(big)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
         except Late:
             interrupted += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
     print(interrupted > 0, tools.echo("last"))
     """
     tools.says(code, "True last")
@@ -333,8 +335,8 @@ def test_answers_to_interrupted_calls_make_room_for_others(tools: Tools) -> None
     def late(*_): raise Late
     signal.signal(signal.SIGALRM, late)
     for n in range(64):
-        signal.setitimer(signal.ITIMER_REAL, 0.01)
         try:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
             tools.echo("slow")
         except Late:
             pass
