@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, Self
 from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
 
 __all__ = ["NetworkCheck"]
@@ -30,7 +31,9 @@ class NetworkCheck:
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
-        if os.geteuid() != 0:
+        if os.geteuid() == 0:
+            asyncio.get_running_loop().run_in_executor(None, _checker)  # while the zygote starts
+        else:
             pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", "-m", "sandboxd.netns_check", "-", stdin=pipe, stdout=pipe, stderr=pipe
@@ -56,10 +59,8 @@ class NetworkCheck:
 
     @staticmethod
     async def _looked(path: str) -> list[str]:
-        from sandboxd.netns_check import check_empty
-
         try:
-            return await asyncio.to_thread(check_empty, path)
+            return await asyncio.to_thread(lambda: _checker()(path))
         except OSError as error:
             raise _unseen(str(error)) from error
 
@@ -76,6 +77,12 @@ class NetworkCheck:
             return [str(one) for one in json.loads(said)]
         except ValueError:
             raise _unseen(f"this is no answer: {said[:200]!r}") from None
+
+
+def _checker() -> Callable[[str], list[str]]:
+    from sandboxd.netns_check import check_empty
+
+    return check_empty
 
 
 def _unseen(why: str) -> Unavailable:
