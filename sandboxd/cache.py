@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,8 @@ MOST_BYTES: Final = 1 << 21
 """Of one file."""
 MOST_FILES: Final = 256
 """With more of them the older half goes: each text, and each version of what makes something of it, has its own."""
+_OURS: Final = re.compile(r"[0-9a-f]{64}\.[a-z]+|\.[0-9a-f]{64}\.[a-z]+\.[0-9a-f]{16}")
+"""Named for a hash; or a draft, which a killed engine may leave."""
 
 
 def cache_directory() -> Path:
@@ -114,7 +117,7 @@ def _store(where: int, name: str, content: bytes) -> None:
 
 def _tidy(where: int) -> None:
     """Remove the files that were stored first when there are too many. Raises OSError."""
-    names = os.listdir(where)
+    names = [name for name in os.listdir(where) if _OURS.fullmatch(name)]
     if len(names) <= MOST_FILES:
         return
     ages: dict[str, int] = {}
@@ -122,5 +125,5 @@ def _tidy(where: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             ages[name] = os.stat(name, dir_fd=where, follow_symlinks=False).st_mtime_ns
     for name in sorted(ages, key=ages.__getitem__)[: -MOST_FILES // 2]:
-        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(name, dir_fd=where)

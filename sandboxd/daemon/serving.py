@@ -252,8 +252,10 @@ class Daemon:
         if chosen not in self._plain:
             async with self._reloading:
                 if chosen not in self._plain:
+                    config = self._config
+                    # In a thread: for a text that is new pydantic is imported, and the engine works meanwhile.
                     self._plain[chosen] = await asyncio.to_thread(
-                        plain_policy, find_policy(self._config, chosen), chosen
+                        lambda: plain_policy(find_policy(config, chosen), chosen)
                     )
         return await self._engine.prepared(chosen, self._plain[chosen])
 
