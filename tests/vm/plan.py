@@ -41,7 +41,7 @@ REFUSED = "attack_is_refused and not strict or neighbour or bait or size"
 # Under a kernel with less Landlock, where some walls alone hold less.
 WALLED = "attack_is_refused and not strict or out_of_reach or size"
 
-MACHINES = (
+MACHINES = (  # those that take longest first, for two run at a time
     Machine(
         "root",
         (
@@ -58,21 +58,6 @@ MACHINES = (
         ),
     ),
     Machine(
-        "user",
-        (
-            Leg(
-                "rootless",
-                "rootless",
-                ("tests/test_attacks.py", "tests/rootless", "-k", f"rootless or {REFUSED}"),
-            ),
-            Leg(
-                "one-id",
-                "rootless-one-id",
-                ("tests/test_attacks.py", "tests/rootless", "-k", f"rootless or {REFUSED}"),
-            ),
-        ),
-    ),
-    Machine(
         "service",
         (
             Leg(
@@ -80,11 +65,6 @@ MACHINES = (
                 "root",
                 ("tests/test_systemd.py", "tests/test_attacks.py", "-k", f"test_systemd or {REFUSED}"),
             ),
-        ),
-    ),
-    Machine(
-        "reset",
-        (
             Leg("until-reset", "root", ("tests/test_reset.py", "-k", "until"), 300, ends_by_reset=True),
             Leg("after-reset", "root", ("tests/test_reset.py", "-k", "after"), 300),
         ),
@@ -103,5 +83,20 @@ MACHINES = (
             ),
         ),
         older_kernel=True,
+    ),
+    Machine(
+        "user",
+        (
+            Leg(
+                "rootless",
+                "rootless",
+                ("tests/test_attacks.py", "tests/rootless", "-k", f"rootless or {REFUSED}"),
+            ),
+            Leg(
+                "one-id",
+                "rootless-one-id",
+                ("tests/test_attacks.py", "tests/rootless", "-k", f"rootless or {REFUSED}"),
+            ),
+        ),
     ),
 )
