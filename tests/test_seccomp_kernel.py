@@ -263,7 +263,8 @@ PURE = {
     "tempfile.TemporaryDirectory().cleanup()",
     "resource": "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); resource.getrusage(0)",
     "signal": "import signal, os; signal.signal(10, lambda *a: print('handled')); os.kill(os.getpid(), 10); "
-    "signal.signal(14, lambda *a: None); signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01); signal.pause()",
+    "signal.signal(14, lambda *a: None); signal.setitimer(signal.ITIMER_REAL, 0.01, 0.01); signal.pause(); "
+    "signal.setitimer(signal.ITIMER_REAL, 0)",
     "shutil": "import shutil; open('a', 'w').write('x'); shutil.copy2('a', 'b'); shutil.move('b', 'c'); "
     "shutil.disk_usage('.'); import os; os.mkdir('d'); shutil.copytree('d', 'e'); shutil.rmtree('d')",
     "archives": "import tarfile, zipfile; open('a', 'w').write('x'); t = tarfile.open('t.tgz', 'w:gz'); t.add('a'); "
