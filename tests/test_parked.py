@@ -37,6 +37,9 @@ TRIES: Final = 40
 WAYS: Final = ("direct", "engine")
 """Through a lease, or handed over by the engine."""
 
+DAEMONS: Final[list[daemons.Served]] = []
+"""Those of this module that live."""
+
 surroundings = test_attacks.surroundings
 
 
@@ -127,7 +130,9 @@ def fresh() -> Iterator[Sandbox]:
 def served() -> Iterator[daemons.Served]:
     """A daemon with a fixed number of parked cells."""
     with daemons.directory() as home, daemons.served(home, pool=FIXED) as daemon:
+        DAEMONS.append(daemon)
         yield daemon
+        DAEMONS.remove(daemon)
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,8 @@ def client(served: daemons.Served) -> Iterator[Sandbox]:
 @pytest.fixture
 def clean() -> Iterator[None]:
     """Nothing of the test is left afterwards."""
+    for daemon in DAEMONS:
+        settled(daemon.pid)  # a cell that it makes just now, after another test's run, would look left behind
     before = leftovers.snapshot()
     yield
     leftovers.assert_nothing_new(before)
