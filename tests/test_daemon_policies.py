@@ -118,6 +118,19 @@ def test_policy_is_read_also_where_nothing_can_be_remembered(
     assert len(list(kept.iterdir())) == 1
 
 
+def test_a_deciding_module_counts_by_its_content(
+    tmp_path: Path, file: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "decides.py"
+    monkeypatch.setattr(policies, "_DECIDING", (("sandboxd", module.name),))
+    monkeypatch.setattr(Path, "with_name", lambda _, name: tmp_path / name)
+    for text in ("old", "new"):
+        module.write_text(text)
+        os.utime(module, (0, 0))
+        plain_policy(file, "mine", kept)
+    assert len(list(kept.iterdir())) == 2
+
+
 def test_cache_does_not_grow_without_end(file: Path, kept: Path) -> None:
     kept.mkdir(0o700)
     (kept / "other").write_text("not ours")

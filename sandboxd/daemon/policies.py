@@ -59,14 +59,15 @@ def plain_policy(file: Path, name: str, directory: Path | None = None) -> dict[s
 
 
 def _identity() -> Iterator[str]:
-    """What changes with the deciding modules. Raises OSError where they are no files."""
+    """What changes with the deciding modules: their content, for packages are built with one time for all of their
+    files. Raises OSError where they are no files.
+    """
     yield sandboxd.__version__
     for package, module in _DECIDING:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
             raise FileNotFoundError(package)
-        status = Path(spec.origin).with_name(module).stat()
-        yield f"{module} {status.st_size} {status.st_mtime_ns}"
+        yield hashlib.sha256(Path(spec.origin).with_name(module).read_bytes()).hexdigest()
 
 
 def _meant(text: str, file: Path) -> Policy:
