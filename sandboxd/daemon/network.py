@@ -73,10 +73,12 @@ class NetworkCheck:
         if process.returncode != 0:
             last = complaint.decode("utf-8", "replace").strip().splitlines()[-1:]
             raise _unseen(last[0][:500] if last else f"the check ended with status {process.returncode}")
-        try:
-            return [str(one) for one in json.loads(said)]
-        except ValueError:
-            raise _unseen(f"this is no answer: {said[:200]!r}") from None
+        found = None
+        with contextlib.suppress(ValueError):
+            found = json.loads(said)
+        if not isinstance(found, list):
+            raise _unseen(f"this is no answer: {said[:200]!r}")
+        return [str(one) for one in found]
 
 
 def _checker() -> Callable[[str], list[str]]:
