@@ -104,7 +104,8 @@ class Unavailable(SandboxError):
 
 
 class Busy(SandboxError):
-    """The run never started, because the engine was full for longer than the queue allows; safe to try again.
+    """The run never started and may be tried again: the engine was full for longer than the queue allows, is ending, or
+    is replacing a zygote that it lost.
 
     *retry_after* is the engine's own guess, in seconds.
     """
@@ -112,7 +113,9 @@ class Busy(SandboxError):
     fields = ("retry_after",)
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__(f"The engine is full and the run was not started; try again in {retry_after:.3g} s.")
+        super().__init__(
+            f"The engine cannot take the run now, and it was not started; try again in {retry_after:.3g} s."
+        )
         self.retry_after = retry_after
 
 

@@ -278,7 +278,8 @@ class Zygote:
         self._cells: dict[int, Hears] = {}
         self._half: set[int] = set()
         self._unsent: deque[tuple[bytes, Entry]] = deque()
-        self._ready: asyncio.Future[dict[str, Any]] | None = None
+        # There from the start: a zygote may be lost before anybody waits for its answer.
+        self._ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
         self._answered = False
         self.made = 0
         self.born = time.monotonic()
@@ -325,7 +326,6 @@ class Zygote:
             **config.extra,
         }
         await self._executed()
-        self._ready = self._loop.create_future()
         try:
             self._zygote.send(json.dumps(message).encode())
             self._zygote.send(config.filters.inherited)
@@ -424,12 +424,17 @@ class Zygote:
         return self._said.decode("utf-8", "replace").strip()
 
     async def close(self) -> None:
-        """Kill every process of it and wait until they are gone. Idempotent."""
+        """Kill every process of it and wait until they are gone, even when the caller is cancelled. Idempotent."""
         if self._closed:
             return
         self._closed = True
         self._lose()
-        await self._gone
+        cancelled: asyncio.CancelledError | None = None
+        while not self._gone.done():  # SIGKILL is on its way
+            try:
+                await asyncio.shield(self._gone)
+            except asyncio.CancelledError as error:
+                cancelled = error
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         for end in (self._nursery, self._zygote):
@@ -440,6 +445,8 @@ class Zygote:
         os.close(self._log)
         if self._report >= 0:
             os.close(self._report)
+        if cancelled is not None:
+            raise cancelled
 
     # Inside
 
@@ -519,7 +526,7 @@ class Zygote:
         except ValueError:
             self._lose()
             return
-        if self._ready is not None and not self._ready.done():
+        if not self._ready.done():
             self._ready.set_result(answer)
 
     def _log_speaks(self) -> None:
@@ -548,7 +555,7 @@ class Zygote:
         self._loop.remove_writer(self._nursery.fileno())
         self._unsent.clear()
         native.pidfd_kill(self._pidfd, signal.SIGKILL)
-        if self._ready is not None and not self._ready.done():
+        if not self._ready.done():
             self._ready.set_exception(ZygoteLost(self.last_words() or "the zygote ended"))
             self._ready.exception()  # whoever waited may be gone
 

@@ -87,7 +87,7 @@ def reason(result: Explained, policy: str = "NAME", options: Container[str] = fr
         "killed": _killed,
         "error": _error,
         "cancelled": lambda _: "the run was cancelled",
-        "busy": lambda _: "the engine is full and the run was not started; try again",
+        "busy": lambda _: "the run was not started: the engine cannot take it now; try again",
         "internal": lambda _: "sandboxd failed, and the outcome of the run is unknown",
     }
     explain = explanations.get(result.status)

@@ -48,12 +48,20 @@ class Embedded:
         self._loop.add_reader(OWNER, self._end)
 
     def _end(self) -> None:
+        self._loop.remove_reader(OWNER)  # it stays readable
         resolve(self._over)
 
     async def serve(self) -> None:
-        """Configure, say so, then take connections until the end."""
+        """Configure, say so, then take connections until the end, which may come at any moment before."""
         try:
-            refusal = await self._configure()
+            configuring = self._loop.create_task(self._configure())
+            self._over.add_done_callback(lambda _: configuring.cancel())
+            try:
+                refusal = await configuring
+            except asyncio.CancelledError:
+                if self._over.done():
+                    return
+                raise
             if refusal is not None:
                 with contextlib.suppress(OSError):
                     protocol.send(self._control, {"op": "refused", "error": refusal.plain()})
@@ -89,10 +97,8 @@ class Embedded:
 
     async def _packet(self, operation: str) -> dict[str, Any]:
         """The next packet of the control socket, which must be *operation*. Raises ProtocolError, also at the end."""
-        ready = self._loop.create_task(readable(self._control.fileno()))
-        await asyncio.wait({ready, self._over}, return_when=asyncio.FIRST_COMPLETED)
-        ready.cancel()
-        packet = None if self._over.done() else protocol.receive(self._control)
+        await readable(self._control.fileno())
+        packet = protocol.receive(self._control)
         if packet is None or packet.message.get("op") != operation:
             raise ProtocolError(f"The next packet must be {operation}.")
         packet.close()

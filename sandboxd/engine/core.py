@@ -53,6 +53,8 @@ DRAINING_SECONDS: Final = 1.0
 """After it, who was turned away because the engine ends may ask again: another one may be there."""
 RETIRE_SECONDS: Final = 60.0
 """After a zygote could not be replaced, so long until the next attempt."""
+PROVE_SECONDS: Final = 60.0
+"""A first cell that has not run its self-test by then never will."""
 OUTLIVE_SECONDS: Final = 0.05
 """How often a zygote that was replaced is looked at."""
 SPARE_SLOTS: Final = 64
@@ -193,7 +195,11 @@ class Engine:
             await lost.close()
         guess, self._guess = self._guess, None
         if guess is not None and essence(plain) != essence(LIKELY):
-            await self._forget(guess)
+            try:
+                await self._forget(guess)
+            except asyncio.CancelledError:
+                self._guess = guess  # close() waits for its end
+                raise
             guess = None
         if guess is None:
             made = await self._proved(plain)
@@ -322,12 +328,19 @@ class Engine:
     async def _forget(guess: asyncio.Task[Prepared]) -> None:
         """Nobody asked for it."""
         guess.cancel()
-        with contextlib.suppress(asyncio.CancelledError, SandboxError, OSError, ZygoteLost):
-            await (await guess).close()
+        await asyncio.wait({guess})
+        if not guess.cancelled() and guess.exception() is None:
+            await guess.result().close()
 
     async def _prove(self, made: Prepared) -> None:
-        """Run the self-test in a first cell."""
-        header, said, complaint = await self._own_run(made, selftest.PROGRAM, "self-test")
+        """Run the self-test in a first cell. Raises Unavailable."""
+        try:
+            async with asyncio.timeout(PROVE_SECONDS):
+                header, said, complaint = await self._own_run(made, selftest.PROGRAM, "self-test")
+        except TimeoutError:
+            fix = "look at the load of this host; sandboxd doctor seals a cell step by step"
+            what = f"the first cell did not run its self-test within {PROVE_SECONDS:.0f} s"
+            raise Unavailable("self-test", None, fix, what) from None
         if header["status"] != "ok":
             raise Unavailable(
                 "self-test",
@@ -406,6 +419,9 @@ class Engine:
             wait = limits["queue_seconds"]
             try:
                 await self._admit(owner.get("uid"), None if wait is None else float(wait), notice)
+                if prepared.zygote.lost:  # while the run queued; whoever asks next has a new one made
+                    self._leave()
+                    raise Busy(RESTART_SECONDS)
             except Busy:
                 await self.trail.busy(identity, prepared, request, owner)
                 raise

@@ -121,7 +121,9 @@ class Pool:
         return cell
 
     async def lease(self, limits: dict[str, LimitValue]) -> Cell:
-        """A cell for a run that has to wait for it. Raises Unavailable, ZygoteLost."""
+        """A cell for a run that has to wait for it. Raises Unavailable, and ZygoteLost when the zygote is lost before
+        there is one: nothing of the run exists then.
+        """
         future: asyncio.Future[Cell] = self._loop.create_future()
         if same_shape(limits, self._prepared.limits, self._engine.bare):
             if self._open:
@@ -242,7 +244,7 @@ class Pool:
 
     def failed(self, cell: Cell, why: Unavailable | None) -> None:
         """As ``cell.Keeper``."""
-        error: Exception = why or ZygoteLost(self._prepared.zygote.last_words() or "the zygote ended")
+        error: Exception = why or self._lost()
         self._making.discard(cell)
         special = self._special.pop(cell, None)
         if special is not None:
@@ -295,6 +297,7 @@ class Pool:
             self._timer.cancel()
             self._timer = None
         if self._prepared.zygote.lost:
+            self._give_up()
             return
         engine = self._engine
         wanted = len(self._waiting) - len(self._making)
@@ -317,6 +320,16 @@ class Pool:
                 return
             self._making.add(cell)
             self.living += 1
+
+    def _give_up(self) -> None:
+        """No cell will be made any more: those who wait for one learn it."""
+        while self._waiting:
+            future = self._waiting.popleft()
+            if not future.done():
+                future.set_exception(self._lost())
+
+    def _lost(self) -> ZygoteLost:
+        return ZygoteLost(self._prepared.zygote.last_words() or "the zygote ended")
 
     def _tidy(self) -> None:
         """Now and then: end what is stale or too many, look after those that are late."""
