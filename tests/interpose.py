@@ -160,6 +160,8 @@ class Interposed:
 
     def _decide(self, pid: int, number: int, first: int) -> tuple[Kind | None, int]:
         role = self._role(pid)
+        if role is None:
+            return None, 0
         name = self._names[number]
         if name == "prctl":
             name = f"prctl:{PRCTL.get(first, first)}"
@@ -176,8 +178,11 @@ class Interposed:
             fault.pids.append(pid)
             return fault.kind, fault.number
 
-    def _role(self, pid: int) -> Role:
+    def _role(self, pid: int) -> Role | None:
+        """What *pid* is; None when it has died since it made its call."""
         inside = _ns_pids(pid)
+        if not inside:
+            return None
         match len(inside) - self._depth:
             case 0:
                 return "worker" if _thread_group(pid) == self.worker.pid else "engine"
