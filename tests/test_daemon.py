@@ -32,7 +32,7 @@ from tests.test_crash import named
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MEMBER, STRANGER = 61_001, 61_002
+MEMBER, STRANGER, OTHER = 61_001, 61_002, 61_003
 GID = grp.getgrnam(daemons.GROUP).gr_gid
 FOREVER = "print('up', flush=True)\nwhile True: pass"
 
@@ -92,6 +92,36 @@ def test_the_socket_is_for_the_group_alone(served: Served) -> None:
     assert stat.S_IMODE(directory_facts.st_mode) == 0o750
     assert (socket_facts.st_uid, socket_facts.st_gid) == (0, GID)
     assert (directory_facts.st_uid, directory_facts.st_gid) == (0, GID)
+
+
+def test_connections_of_all_uids_together_are_bounded_and_the_operator_gets_in(home: Path) -> None:
+    up_read, up = os.pipe()
+    with daemons.served(home, "few", max_clients=2) as served:
+
+        def hold() -> NoReturn:
+            with daemons.Raw(served):
+                os.write(up, b"x")
+                while True:
+                    signal.pause()
+
+        def is_let_in() -> bool:
+            try:
+                return served.serves()
+            except Busy:
+                return False
+
+        holders = [Child(hold, uid, GID) for uid in (MEMBER, STRANGER)]
+        try:
+            for _ in holders:
+                assert os.read(up_read, 1) == b"x"
+            assert not as_user(is_let_in, OTHER, GID)
+            assert served.serves()
+        finally:
+            for holder in holders:
+                holder.kill()
+        leftovers.eventually(lambda: as_user(is_let_in, OTHER, GID), 10, "there is room for another client")
+    for fd in (up_read, up):
+        os.close(fd)
 
 
 def test_a_second_daemon_on_the_same_socket_is_refused(served: Served) -> None:
@@ -369,6 +399,21 @@ def test_what_one_uid_keeps_in_memory_is_bounded() -> None:
         with engine.hold(STRANGER, 100 << 20), engine.hold(None, 1 << 40):
             pass
     assert not engine._held
+
+
+def test_run_beyond_the_length_of_the_queue_is_busy_at_once() -> None:
+    async def main() -> None:
+        engine = Engine(EngineConfig(max_running=1, max_queued=2))
+        await engine._admit(MEMBER, None, None)
+        waiting = [asyncio.create_task(engine._admit(who, None, None)) for who in (MEMBER, STRANGER)]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy):
+            await asyncio.wait_for(engine._admit(MEMBER, None, None), 5)
+        for _ in range(2):
+            engine._leave()
+        await asyncio.gather(*waiting)
+
+    asyncio.run(main())
 
 
 # The whole way
