@@ -269,6 +269,7 @@ class Zygote:
         self.kept: list[str] = []
         self.version: tuple[int, ...] = ()
         self.lost = False
+        self._why = self._end = ""
         self._pidfd = pidfd
         self._nursery = nursery
         self._zygote = zygote
@@ -335,11 +336,9 @@ class Zygote:
             fix = "look at [runtime] preload and warmup: they did not end"
             raise Unavailable("zygote", None, fix, f"no zygote after {READY_SECONDS:.0f} s") from None
         except (ZygoteLost, OSError) as error:
-            said = self.last_words()
             fix = f"start {self.python.executable} by hand; the rootfs shows it only its own prefix and /usr"
-            raise Unavailable(
-                "zygote", None, fix, f"the interpreter ended before it was ready: {said or error}"
-            ) from None
+            what = f"the interpreter ended before it was ready: {self.last_words()}"
+            raise Unavailable("zygote", getattr(error, "errno", None), fix, what) from None
         if not answer.get("ok"):
             raise _not_preloaded(answer, self.python)
         if answer["threads"] != 1:
@@ -410,7 +409,7 @@ class Zygote:
                 self._loop.add_writer(fd, self._send_more)
                 return
             if sent < 0:
-                self._lose()
+                self._lose(f"a request for a cell could not be sent: {os.strerror(-sent)}")
                 return
             self._unsent.popleft()
 
@@ -419,16 +418,17 @@ class Zygote:
         self._send()
 
     def last_words(self) -> str:
-        """The end of what nursery and zygote wrote to their log."""
+        """The end of what nursery and zygote wrote to their log; else, as far as it is known, why they were lost."""
         self._log_speaks()
-        return self._said.decode("utf-8", "replace").strip()
+        known = ", ".join(part for part in (self._why, self._end) if part)
+        return self._said.decode("utf-8", "replace").strip() or known or "it ended"
 
     async def close(self) -> None:
         """Kill every process of it and wait until they are gone, even when the caller is cancelled. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        self._lose()
+        self._lose("it was closed")
         cancelled: asyncio.CancelledError | None = None
         while not self._gone.done():  # SIGKILL is on its way
             try:
@@ -458,7 +458,10 @@ class Zygote:
             return _EVENT.unpack(self._event_bytes)
         if size != -errno.EAGAIN:
             lib.sbx_close_all(self._fds, self._nfds[0])
-            self._lose()
+            if size == 0:
+                self._lose("it hung up")
+            else:
+                self._lose("its report is malformed" if size > 0 else f"its report was lost: {os.strerror(-size)}")
         return None
 
     def _nursery_speaks(self) -> None:
@@ -470,7 +473,7 @@ class Zygote:
             hears = self._cells.get(identity)
             if hears is None or (kind == _MADE and self._nfds[0] != _MADE_FDS):
                 lib.sbx_close_all(self._fds, self._nfds[0])
-                self._lose()
+                self._lose("it reported a cell that nobody asked for")
             elif kind == _MADE:
                 hears.made(CellFds(*self._fds[0:_MADE_FDS]))
             elif kind == _DEAD:
@@ -499,7 +502,7 @@ class Zygote:
                 continue
             hears = self._cells.get(identity)
             if hears is None:
-                self._lose()
+                self._lose("it reported a cell that nobody asked for")
                 return
             if kind == _EXITED:
                 hears.exited(code, status)
@@ -524,7 +527,7 @@ class Zygote:
         try:
             answer = json.loads(data)
         except ValueError:
-            self._lose()
+            self._lose("its answer to the policy is not JSON" if data else "it hung up")
             return
         if not self._ready.done():
             self._ready.set_result(answer)
@@ -537,18 +540,24 @@ class Zygote:
                 self._loop.remove_reader(self._log)
 
     def _died(self) -> None:
-        self._lose()
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+            if ended is not None:
+                how = "exit status" if ended.si_code == os.CLD_EXITED else "signal"
+                self._end = f"the nursery ended with {how} {ended.si_status}"
+        self._lose("")
         self._loop.remove_reader(self._pidfd)
         cells, self._cells = list(self._cells.values()), {}
         for hears in cells:
             hears.lost()
         resolve(self._gone)
 
-    def _lose(self) -> None:
+    def _lose(self, why: str) -> None:
         """From now on nothing is asked; whoever waits is told once everything of it is dead."""
         if self.lost:
             return
         self.lost = True
+        self._why = why
         self._log_speaks()
         for fd in (self._nursery.fileno(), self._zygote.fileno(), self._log):
             self._loop.remove_reader(fd)
@@ -556,7 +565,7 @@ class Zygote:
         self._unsent.clear()
         native.pidfd_kill(self._pidfd, signal.SIGKILL)
         if not self._ready.done():
-            self._ready.set_exception(ZygoteLost(self.last_words() or "the zygote ended"))
+            self._ready.set_exception(ZygoteLost(self.last_words()))
             self._ready.exception()  # whoever waited may be gone
 
 

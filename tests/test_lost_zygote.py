@@ -35,7 +35,7 @@ async def look(engine):
     executed = zygote._executed
     async def lost():
         await executed()
-        zygote._lose()
+        zygote._lose("the test says so")
     zygote._executed = lost
     filters = seccomp.cached_layers(seccomp.effective("default"))
     try:
@@ -97,6 +97,7 @@ def test_run_that_queued_while_its_zygote_was_lost_is_busy() -> None:
             assert first.result(20).status == "internal"
             assert isinstance(second.exception(20), Busy)
         assert daemon.serves()
+        assert "the nursery ended with signal 9" in daemon.said()
 
 
 CALLER = """

@@ -329,7 +329,7 @@ class Pool:
                 future.set_exception(self._lost())
 
     def _lost(self) -> ZygoteLost:
-        return ZygoteLost(self._prepared.zygote.last_words() or "the zygote ended")
+        return ZygoteLost(self._prepared.zygote.last_words())
 
     def _tidy(self) -> None:
         """Now and then: end what is stale or too many, look after those that are late."""
