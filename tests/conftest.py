@@ -1,9 +1,11 @@
-"""Shared by all tests: engines that live as long as the session, and a look at what is left behind."""
+"""Shared by all tests: an ordinary start, whose turn it is, an engine that lives as long as the session."""
 
 from __future__ import annotations
 
 import os
 import re
+import resource
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,6 +13,7 @@ import pytest
 
 from sandboxd import Sandbox
 from tests.modes import ROOT, policy_of
+from tests.turns import turn
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -22,6 +25,16 @@ MAY_LACK: Final = re.compile(
     r"|hard links are refused" + ("" if os.environ.get("SANDBOXD_VM") else "|needs systemd and pure cgroup v2")
 )
 collect_ignore = ["rootless"] if ROOT else []  # as root, test_rootless.py has them run as somebody else
+SOFT_LIMITS: Final = {
+    resource.RLIMIT_NOFILE: 1 << 14,
+    resource.RLIMIT_NPROC: 1 << 15,
+    resource.RLIMIT_FSIZE: 1 << 40,
+    resource.RLIMIT_AS: 1 << 46,
+    resource.RLIMIT_DATA: 1 << 46,
+    resource.RLIMIT_STACK: 8 << 20,
+    resource.RLIMIT_MEMLOCK: 8 << 20,
+}
+"""What the tests need at most, where the hard limit allows it."""
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
@@ -37,6 +50,28 @@ def sandbox() -> Iterator[Sandbox]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "only(condition): without meaning, and so not collected, unless that holds")
+    start_as_usual()
+
+
+def start_as_usual() -> None:
+    """Undo what the way of starting pytest leaves to every process below it: a script's background job ignores SIGINT,
+    and nohup SIGHUP; soft limits may be lower than they need be.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    for which, wanted in SOFT_LIMITS.items():
+        soft, hard = resource.getrlimit(which)
+        reachable = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < reachable:
+            resource.setrlimit(which, (reachable, hard))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with turn(alone=item.get_closest_marker("alone") is not None):
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

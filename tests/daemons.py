@@ -166,8 +166,11 @@ def served(
             "no daemon is ready",
         )
         assert daemon.process.poll() is None, daemon.said()
+        if config.get("pool") != leftovers.UNPARKED:
+            leftovers.PARKING.add(daemon.pid)
         yield daemon
     finally:
+        leftovers.PARKING.discard(daemon.pid)
         daemon.end()
 
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 UNPARKED = {"maximum": 0}
 """For ``Sandbox(pool=...)``: no cell but those of runs, where a test counts processes or follows one run's steps."""
 
+PARKING: set[int] = set()
+"""The pids of daemons of this process that park cells, which come and go by themselves."""
+
 _CGROUP = re.compile(r"sandboxd(?:\.(\d+)\.(\d+)(?:\.\d+)?|-(\d+)-(\d+)\.scope)")
 _NAMESPACES = ("user", "pid", "mnt", "net", "ipc", "uts", "cgroup")
 _NAMESPACE = re.compile(rf"(?:{'|'.join(_NAMESPACES)}):\[\d+\]")
@@ -187,7 +190,7 @@ class Snapshot:
     fds: frozenset[str]
     shm: frozenset[str]
     of_engines: dict[tuple[int, int], frozenset[str]] = field(default_factory=dict)
-    """What of it belongs to each engine of this process that lives, by pid and start: cells of theirs come and go."""
+    """What of it belongs to each engine and each daemon in PARKING of this process that lives, by pid and start."""
 
 
 def _cgroups(ours: set[int], among: dict[int, Process]) -> tuple[set[str], set[int]]:
@@ -223,7 +226,7 @@ def snapshot() -> Snapshot:
     ours = below | inside | orphans
     of_engines: dict[tuple[int, int], frozenset[str]] = {}
     for pid in below:
-        if _owner(pid) == os.getpid():
+        if _owner(pid) == os.getpid() or pid in PARKING:
             family = [one for one in descendants(pid, table) if one.pid in ours]
             held = {str(one) for one in family} | namespaces(one.pid for one in family)
             name = f"/sandboxd.{pid}.{table[pid].started}/"
@@ -243,7 +246,7 @@ def snapshot() -> Snapshot:
 
 def difference(before: Snapshot, after: Snapshot | None = None) -> dict[str, list[str]]:
     """What *after* (default: now) has that *before* had not, by kind; empty when nothing was left. An engine of this
-    process that lived then and lives now may have other cells.
+    process, or a daemon that parks cells, which lived then and lives now may have other cells.
     """
     now = snapshot() if after is None else after
     theirs = {one for engine, held in now.of_engines.items() if engine in before.of_engines for one in held}

@@ -578,6 +578,7 @@ def test_a_daemon_whose_record_cannot_be_opened(home: Path, on_failure: str) -> 
         assert "ERROR: the audit log cannot be written: /proc/nowhere/audit.jsonl" in daemon.said()
 
 
+@pytest.mark.alone
 def test_kill_9_of_a_daemon_under_load_leaves_a_record_that_can_be_checked(home: Path) -> None:
     code = f"print(1)\n#{'x' * 200_000}"
     for attempt in range(3):

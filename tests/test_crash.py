@@ -21,6 +21,9 @@ from tests import daemons, leftovers
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+# What an engine leaves behind that was killed, and who sweeps it, is the same for every engine of this host.
+pytestmark = pytest.mark.alone
+
 LIVE: Final = 20
 LIVE_IN_DAEMON: Final = 50
 SLEEP: Final = "print('here', flush=True)\nimport time\ntime.sleep(120)"

@@ -188,6 +188,7 @@ def test_sigterm_ends_live_runs_and_their_clients_know(home: Path) -> None:
     leftovers.assert_nothing_new(before)
 
 
+@pytest.mark.alone
 def test_after_sigkill_the_next_one_sweeps_and_serves(home: Path) -> None:
     before = leftovers.snapshot()
     with daemons.served(home, "killed", max_running=3) as made, made.sandbox() as sandbox:

@@ -534,6 +534,7 @@ def test_a_caller_that_is_killed_right_after_it_started_a_program_leaves_nothing
     leftovers.assert_nothing_new(before)
 
 
+@pytest.mark.alone
 def test_an_engine_that_is_killed_under_a_direct_run_is_connectionlost() -> None:
     from sandboxd import ConnectionLost
 
@@ -557,6 +558,7 @@ def test_an_engine_that_is_killed_under_a_direct_run_is_connectionlost() -> None
     leftovers.assert_nothing_new(before)
 
 
+@pytest.mark.alone
 def test_an_engine_that_was_killed_while_nothing_ran_is_connectionlost() -> None:
     from sandboxd import ConnectionLost
 

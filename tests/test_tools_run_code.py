@@ -691,6 +691,7 @@ def test_a_full_engine_is_busy_and_says_when_to_come_back() -> None:
     assert "Send it again in" in text
 
 
+@pytest.mark.alone
 def test_an_engine_that_dies_under_a_program_is_told_as_may_have_started() -> None:
     sandbox = Sandbox()
 
