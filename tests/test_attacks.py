@@ -16,7 +16,7 @@ import pytest
 
 from sandboxd import Sandbox
 from sandboxd.engine.prepared import WALLS
-from tests.attacks import ATTACKS, Attack
+from tests.attacks import ATTACKS, SAMPLE, Attack
 from tests.attacks.bait import bait
 from tests.attacks.base import attempt, program
 from tests.attacks.neighbours import PAIRS, Pair
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 PROVED = [row for row in ATTACKS if row.alone]
+ROWS = [pytest.param(row, id=row.id, marks=() if row.id in SAMPLE else pytest.mark.exhaustive) for row in ATTACKS]
 CANARY_NAME = "SANDBOXD_TEST_CANARY"
 
 
@@ -87,7 +88,8 @@ def expected(row: Attack) -> str:
     return row.one_id if ONE_ID and row.one_id else row.refusal
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ATTACKS])
+@pytest.mark.kernel
+@pytest.mark.parametrize("row", ROWS)
 def test_attack_is_refused(sandbox: Sandbox, surroundings: dict[str, str], row: Attack) -> None:
     assert attempt(sandbox, row.code, surroundings) == expected(row)
 
@@ -151,6 +153,7 @@ def beside(sandbox: Sandbox, pair: Pair) -> str:
         thread.join()
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("pair", [pytest.param(pair, id=pair.id) for pair in PAIRS])
 def test_neighbour_is_out_of_reach(sandbox: Sandbox, pair: Pair) -> None:
     assert beside(sandbox, pair) == pair.refusal
@@ -176,6 +179,7 @@ def test_every_wall_alone_stops_some_row(wall: str) -> None:
     assert any(wall in row.alone for row in ATTACKS) or any(wall in pair.alone for pair in PAIRS)
 
 
+@pytest.mark.kernel
 def test_no_attack_reached_the_bait(surroundings: dict[str, str]) -> None:
     """Behind every row of this module: what the host has is as it was."""
     place = Path(surroundings["BAIT"])

@@ -41,7 +41,11 @@ MIB = 1 << 20
 BOUNDS = Bounds(memory_bytes=1 << 30, pids=500)
 NOBODY = 65534
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups here needs root")
+pytestmark = [
+    pytest.mark.cgroup,
+    pytest.mark.kernel,
+    pytest.mark.skipif(os.geteuid() != 0, reason="making cgroups here needs root"),
+]
 
 
 def without_v2(layout: Layout) -> Layout:

@@ -40,6 +40,7 @@ def refused(number: int | None) -> dict[str, Any]:
 # The probes, on this kernel
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("name", [*probe.USER, *probe.COMMON])
 def test_probe_gets_through_here(name: str) -> None:
     answer = probe.attempt({**probe.USER, **probe.COMMON}[name])
@@ -108,6 +109,7 @@ def test_survey_covers_every_mode_and_can_be_json() -> None:
     assert json.loads(json.dumps(report.to_dict()))["mode"] == report.mode
 
 
+@pytest.mark.kernel
 def test_survey_leaves_no_cgroup_behind() -> None:
     def directories() -> set[str]:
         return {str(path) for path in Path("/sys/fs/cgroup").glob("**/sandboxd.*")}
@@ -149,6 +151,7 @@ def test_a_namespace_with_a_loopback_that_is_up_is_not_empty() -> None:
     assert any(problem.startswith("IPv4 address 127.0.0.1") for problem in found)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("how", ["path", "fd"])
 def test_another_process_namespace_is_checked_from_outside(how: str) -> None:
     code = (
@@ -427,6 +430,7 @@ def test_exit_status_follows_the_verdict(monkeypatch: pytest.MonkeyPatch, ok: bo
     assert json.loads(CliRunner().invoke(cli, ["doctor", "--json"]).stdout)["ok"] is ok
 
 
+@pytest.mark.kernel
 def test_doctor_seals_a_cell_and_shows_the_receipt() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "sandboxd", "doctor", "--json"],

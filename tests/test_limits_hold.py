@@ -85,6 +85,7 @@ def test_an_endless_program_ends_at_the_wall(sandbox: Sandbox, code: str) -> Non
     assert (found.value, found.evidence.source) == (0.3, "clock")
 
 
+@pytest.mark.cgroup
 def test_the_whole_tree_is_gone_after_a_timeout(sandbox: Sandbox) -> None:
     # A child that lived on would go on writing: the streams are read to their end before the result comes.
     code = """
@@ -159,6 +160,7 @@ def test_cpu_time_is_not_wall_time(sandbox: Sandbox) -> None:
     assert result.usage.cpu_user_seconds + result.usage.cpu_system_seconds < 0.3
 
 
+@pytest.mark.cgroup
 def test_a_loop_ends_at_its_cpu_time(sandbox: Sandbox) -> None:
     result = inside(sandbox, "print('first')\nwhile True: pass", cpu_seconds=0.3, wall_seconds=20)
     assert (result.status, result.exit_code, result.stdout) == ("cpu", None, "first\n")
@@ -168,6 +170,7 @@ def test_a_loop_ends_at_its_cpu_time(sandbox: Sandbox) -> None:
     assert 0.29 <= used <= 0.3 + LEEWAY_SECONDS
 
 
+@pytest.mark.cgroup
 def test_cpu_time_is_of_the_whole_tree(sandbox: Sandbox) -> None:
     # No process of it uses more than a part, and each one ends: only the sum grows.
     code = """
@@ -189,6 +192,7 @@ def test_wall_and_cpu_at_once_are_a_timeout(sandbox: Sandbox) -> None:
     assert result.status == "timeout"
 
 
+@pytest.mark.cgroup
 def test_a_share_of_a_cpu_holds_back_and_says_so(sandbox: Sandbox) -> None:
     code = "import time\nend = time.process_time() + 0.1\nwhile time.process_time() < end: pass"
     result = inside(sandbox, code, cpus=0.2, wall_seconds=20)
@@ -220,6 +224,7 @@ HOGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.cgroup
 @pytest.mark.parametrize("code", [pytest.param(c, id=i) for i, c in HOGS])
 def test_a_memory_hog_ends_at_its_own_limit(sandbox: Sandbox, code: str) -> None:
     result = inside(sandbox, f"print('first', flush=True)\n{code}", memory_bytes=96 * MIB, wall_seconds=20)
@@ -241,6 +246,7 @@ CHILD_HOGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.cgroup
 @pytest.mark.parametrize("code", [pytest.param(c, id=i) for i, c in CHILD_HOGS])
 def test_a_child_that_hogs_memory_takes_the_rest_with_it(sandbox: Sandbox, code: str) -> None:
     begun = time.monotonic()
@@ -250,6 +256,7 @@ def test_a_child_that_hogs_memory_takes_the_rest_with_it(sandbox: Sandbox, code:
     assert hit(result, "memory_bytes").evidence.source == "cgroup"
 
 
+@pytest.mark.cgroup
 def test_a_program_that_survives_its_childs_end_is_still_memory(sandbox: Sandbox) -> None:
     code = "import os\nif os.fork() == 0:\n    x = []\n    while True: x.append(bytearray(1 << 20))\nos.wait()"
     assert inside(sandbox, code, memory_bytes=96 * MIB, wall_seconds=20).status == "memory"
@@ -263,6 +270,7 @@ def test_a_refused_allocation_is_an_error_not_memory(sandbox: Sandbox) -> None:
     assert untouched(result) == []
 
 
+@pytest.mark.cgroup
 def test_memory_that_was_nearly_used_up_is_ok(sandbox: Sandbox) -> None:
     result = inside(sandbox, "x = b'x' * (64 << 20); print(len(x))", memory_bytes=128 * MIB)
     assert (result.status, untouched(result)) == ("ok", [])
@@ -371,7 +379,7 @@ def test_a_program_that_replaced_itself_and_wrote_too_much(sandbox: Sandbox) -> 
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param("import os\nwhile True: os.fork()", id="fork"),
+        pytest.param("import os\nwhile True: os.fork()", id="fork", marks=pytest.mark.cgroup),
         pytest.param("import os, signal\ntry:\n    while True:\n        if os.fork() == 0: signal.pause()\nexcept OSError: signal.pause()", id="fork-and-stay"),
         pytest.param("import threading, signal\ntry:\n    while True: threading.Thread(target=threading.Event().wait, daemon=True).start()\nexcept RuntimeError: signal.pause()", id="thread"),
         pytest.param("import subprocess\nwhile True: subprocess.Popen(['sleep', '3600'])", id="subprocess"),
@@ -390,6 +398,7 @@ def test_a_bomb_of_processes_or_threads(sandbox: Sandbox, code: str) -> None:
     assert_serves(sandbox)
 
 
+@pytest.mark.cgroup
 def test_a_thread_that_cannot_start_is_an_error_with_the_limit_named(sandbox: Sandbox) -> None:
     code = (
         "import threading\nfor _ in range(1000): threading.Thread(target=threading.Event().wait, daemon=True).start()"
@@ -539,6 +548,7 @@ def test_output_without_an_end_does_not_keep_others_waiting() -> None:
 # --- a run's numbers are its own ----------------------------------------------------------------------------------
 
 
+@pytest.mark.cgroup
 def test_usage_is_of_this_run_alone(sandbox: Sandbox) -> None:
     heavy = """
     import os, time

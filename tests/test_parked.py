@@ -19,7 +19,7 @@ import pytest
 from sandboxd import AsyncSandbox, Limits, Result, Sandbox
 from sandboxd.syscalls import NUMBERS
 from tests import daemons, leftovers, test_attacks
-from tests.attacks import ATTACKS, Attack
+from tests.attacks import ATTACKS, SAMPLE, Attack
 from tests.attacks.base import outcome, program
 from tests.test_crash import all_gone, named
 from tests.test_leaks import opened
@@ -36,6 +36,8 @@ WAIT_SECONDS: Final = 20.0
 TRIES: Final = 40
 WAYS: Final = ("direct", "engine")
 """Through a lease, or handed over by the engine."""
+
+SAMPLED: Final = [pytest.param(row, id=row.id) for row in ATTACKS if row.id in SAMPLE]
 
 DAEMONS: Final[list[daemons.Served]] = []
 """Those of this module that live."""
@@ -164,13 +166,24 @@ def warmly(served: daemons.Served, client: Sandbox, code: str, **arguments: Any)
 # Walls
 
 
+# The whole table runs in test_attacks.py, whose engine parks cells and lends them, too; here it is certain that a cell
+# was parked, and which way the program came. What is up when a cell is parked is the same for each way.
+
+
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ATTACKS])
+@pytest.mark.parametrize("row", SAMPLED)
 def test_attack_is_refused_in_a_parked_cell(warm: Sandbox, surroundings: dict[str, str], row: Attack, way: str) -> None:
     assert outcome(parked(warm, program(row.code), way, env=surroundings, results=False)) == row.refusal
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in ATTACKS[::10]])
+@pytest.mark.parametrize("row", SAMPLED)
+def test_attack_is_refused_in_a_fresh_cell(fresh: Sandbox, surroundings: dict[str, str], row: Attack) -> None:
+    result = fresh.run(program(row.code), env=surroundings, results=False)
+    assert not result.warm
+    assert outcome(result) == row.refusal
+
+
+@pytest.mark.parametrize("row", SAMPLED[::3])
 def test_attack_is_refused_in_a_parked_cell_of_a_daemon(
     served: daemons.Served, client: Sandbox, surroundings: dict[str, str], row: Attack
 ) -> None:
@@ -775,8 +788,9 @@ def test_all_parked_cells_may_be_killed_at_once(who: str, way: str) -> None:
             os.kill(one.pid, signal.SIGKILL)
         for _ in range(5):
             result = sandbox.run("print(1)") if way == "direct" else by_engine(sandbox, "print(1)")
-            # The engine may have handed it over before it heard of the kill.
-            assert (result.status, result.stdout) in (("ok", "1\n"), ("killed", "")), result
+            # The engine may have handed it over before it heard of the kill, and the program may have come that far.
+            assert result.stdout in ("", "1\n"), result
+            assert result.status == ("ok" if result.exit_code == 0 else "killed"), result
         survivors(sandbox, victims)
         assert parked(sandbox, "print(2)", way).stdout == "2\n"
 
@@ -797,6 +811,7 @@ def test_a_zygote_that_is_killed_while_cells_are_parked_is_replaced(who: str, wa
         assert parked(sandbox, "print(2)", way).stdout == "2\n"
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("clean")
 def test_an_engine_that_is_killed_takes_its_parked_cells_along() -> None:
     with Sandbox(pool=FIXED) as sandbox:

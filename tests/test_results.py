@@ -46,6 +46,7 @@ def live_runs(sandbox: Sandbox) -> list[Any]:
 # --- the object ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.cgroup
 def test_a_real_result_has_every_promised_key_and_survives_json(sandbox: Sandbox) -> None:
     result = sandbox.run("import sys; open('f', 'w'); print(1); print(2, file=sys.stderr); 3")
     plain = json.loads(result.to_json())
@@ -58,6 +59,7 @@ def test_ids_differ(sandbox: Sandbox) -> None:
     assert sandbox.run("").id != sandbox.run("").id
 
 
+@pytest.mark.cgroup
 def test_the_receipt_says_what_was_in_force(sandbox: Sandbox) -> None:
     seen = inside(sandbox, "import os; print(os.uname().release, os.uname().sysname)")
     receipt = seen.isolation

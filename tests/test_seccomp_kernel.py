@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from sandboxd.seccomp import Answer, Profile
 
+pytestmark = pytest.mark.kernel
+
 SHIPPED = ("default", "strict")
 MARKER = 4000
 LIBC = ctypes.CDLL(None, use_errno=True)

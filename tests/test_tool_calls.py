@@ -471,6 +471,7 @@ def test_calls_side_by_side_are_one_wait(tools: Tools) -> None:
     assert result.timings.tool_wait_seconds < 2
 
 
+@pytest.mark.cgroup
 def test_cpu_time_counts_while_a_tool_is_waited_for(tools: Tools) -> None:
     code = """
     import threading
@@ -508,6 +509,7 @@ time.sleep(0.02)
 """
 
 
+@pytest.mark.cgroup
 def test_cell_stands_still_while_an_approval_is_asked_for(tools: Tools) -> None:
     def ask(body: bytes, run: CodeRun) -> bytes:
         with run.frozen():
@@ -519,6 +521,7 @@ def test_cell_stands_still_while_an_approval_is_asked_for(tools: Tools) -> None:
     assert result.timings.tool_wait_seconds >= 0.6
 
 
+@pytest.mark.cgroup
 def test_frozen_cell_uses_no_cpu(tools: Tools) -> None:
     def ask(body: bytes, run: CodeRun) -> bytes:
         with run.frozen():
@@ -537,6 +540,7 @@ def test_frozen_cell_uses_no_cpu(tools: Tools) -> None:
     assert result.usage.cpu_user_seconds + result.usage.cpu_system_seconds < 0.8
 
 
+@pytest.mark.cgroup
 def test_approvals_may_overlap(tools: Tools) -> None:
     together = threading.Barrier(3)
 
@@ -554,6 +558,7 @@ def test_approvals_may_overlap(tools: Tools) -> None:
     tools.says(code, "[0, 1, 2]", call=ask)
 
 
+@pytest.mark.cgroup
 def test_call_is_frozen_once(tools: Tools) -> None:
     def ask(body: bytes, run: CodeRun) -> bytes:
         for _ in range(2):
@@ -570,6 +575,7 @@ def test_call_is_frozen_once(tools: Tools) -> None:
     tools.says(code, "unavailable", call=ask)
 
 
+@pytest.mark.cgroup
 def test_approval_that_does_not_come_ends_the_run(tools: Tools) -> None:
     over = threading.Event()
 
@@ -584,6 +590,7 @@ def test_approval_that_does_not_come_ends_the_run(tools: Tools) -> None:
     assert [hit.limit for hit in result.limits_hit] == ["approval_seconds"]
 
 
+@pytest.mark.cgroup
 def test_run_that_is_over_is_not_frozen_any_more(tools: Tools) -> None:
     failed: list[BaseException] = []
     over = threading.Event()
@@ -605,6 +612,7 @@ def test_run_that_is_over_is_not_frozen_any_more(tools: Tools) -> None:
     assert failed
 
 
+@pytest.mark.cgroup
 def test_large_answer_beside_an_approval_does_not_lock_the_run_up(tools: Tools) -> None:
     frozen = threading.Event()
 
@@ -987,7 +995,8 @@ class Deaf(Toolbox):
 
 def test_host_that_never_reads_holds_up_nothing_but_its_run(sandbox: Sandbox) -> None:
     code = RAW + "for n in range(1000): os.write(3, frame(number=n, body=b'x' * 60000))"
-    result = sandbox._run_with_tools(code, Deaf(MODULE, 1000, echo), limits=Limits(tool_wait_seconds=0.5))
+    limits = Limits(tool_wait_seconds=0.5, wall_seconds=2)
+    result = sandbox._run_with_tools(code, Deaf(MODULE, 1000, echo), limits=limits)
     assert result.status == "timeout"
     assert sandbox.run("print(1)").stdout == "1\n"
 

@@ -176,6 +176,7 @@ for _ in range(4):
     assert len(set(result.stdout.split())) == 4, result.stderr
 
 
+@pytest.mark.cgroup
 def test_nothing_of_a_run_is_there_for_the_next(sandbox: Sandbox) -> None:
     planted = sandbox.run("""
 import json, os, sys
@@ -210,6 +211,7 @@ print(json.dumps(found))
     }
 
 
+@pytest.mark.cgroup
 def test_no_process_of_a_run_outlives_it(sandbox: Sandbox) -> None:
     result = sandbox.run(
         """
