@@ -222,20 +222,42 @@ def test_instance_bounds_the_sum_of_its_leaves(any_layout: Layout) -> None:
         assert counters.memory_limit_hits == 0  # not the leaf's own limit
 
 
+FORK_UNTIL_REFUSED = """
+    children = 0
+    try:
+        while os.fork():
+            children += 1
+    except OSError as error:
+        print(children, error.errno, flush=True)
+    signal.pause()
+"""
+
+
+def test_instance_bounds_the_tasks_of_its_leaves(any_layout: Layout) -> None:
+    with (
+        Instance.create(any_layout, Bounds(pids=8)) as instance,
+        instance.make_leaf(0) as first,
+        instance.make_leaf(1) as second,
+    ):
+        for leaf in (first, second):
+            leaf.set_limits(LeafLimits(pids=5))
+            leaf.begin()
+        with child(FORK_UNTIL_REFUSED) as one, child(FORK_UNTIL_REFUSED) as other:
+            for leaf, process in ((first, one), (second, other)):
+                leaf.attach(process.pid)
+                go(process)
+                children = 4 if leaf is first else 2  # the leaf's own limit, and what is left of 8
+                assert line_from(process) == f"{children} {errno.EAGAIN}"
+            for leaf, process in ((first, one), (second, other)):
+                leaf.kill()
+                assert process.wait(timeout=10) == -signal.SIGKILL
+
+
 def test_fork_beyond_pids_limit_is_refused_and_counted(instance: Instance) -> None:
     with instance.make_leaf(0) as leaf:
         leaf.set_limits(LeafLimits(pids=4))
         leaf.begin()
-        code = """
-            children = 0
-            try:
-                while os.fork():
-                    children += 1
-            except OSError as error:
-                print(children, error.errno, flush=True)
-            signal.pause()
-        """
-        with child(code) as process:
+        with child(FORK_UNTIL_REFUSED) as process:
             leaf.attach(process.pid)
             go(process)
             assert line_from(process) == f"3 {errno.EAGAIN}"

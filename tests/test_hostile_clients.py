@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import grp
 import json
@@ -580,6 +581,16 @@ def test_a_cancel_that_means_no_run_is_refused(served: Served) -> None:
         assert raw.answer() == {}
 
 
+@contextlib.contextmanager
+def too_many_references() -> Iterator[None]:
+    """The kernel lets as many descriptors of a uid wait in sockets as RLIMIT_NOFILE says; what is more is not sent."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ETOOMANYREFS:
+            raise
+
+
 def test_who_sends_large_requests_in_a_row_stops_nobodys_clock(served: Served) -> None:
     # What costs the most of what is taken, on a connection that goes on: the refusal is of the policy.
     text = b'{"op":"run","policy":"!","run":{"x":[' + b"[]," * 19_000 + b'"' + b"\\u0041" * 140_000 + b'"]}}'
@@ -597,7 +608,7 @@ def test_who_sends_large_requests_in_a_row_stops_nobodys_clock(served: Served) -
             until = time.monotonic() + 5
             while time.monotonic() < until:
                 for raw in clients:
-                    with contextlib.suppress(BlockingIOError):
+                    with contextlib.suppress(BlockingIOError), too_many_references():
                         while True:
                             raw.send_bytes(head, [fd])
                     with contextlib.suppress(BlockingIOError):
