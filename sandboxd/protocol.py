@@ -13,7 +13,6 @@ which is the same. The run ends with ``result`` or ``refused``. Pure standard li
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import mmap
@@ -21,11 +20,10 @@ import os
 import re
 import socket
 import struct
-import threading
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
+from sandboxd import disposal
 from sandboxd.errors import ProtocolError
 
 if TYPE_CHECKING:
@@ -33,15 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CANCEL",
-    "CLOSING_MAX",
     "JSON_BYTES",
     "PAYLOAD_BYTES",
     "REQUESTS",
     "VERSION",
     "Bounds",
     "Packet",
-    "closing",
-    "hang_up",
     "hello",
     "pack",
     "receive",
@@ -61,11 +56,6 @@ JSON_VALUES: Final = 500_000  # 100,000 files are 300,000
 PAYLOAD_BYTES: Final = 4 << 30
 LEAVES: Final = 3
 """Cgroup leaves whose descriptors a caller of an embedded engine keeps; with one more it forgets them all."""
-CLOSING_MAX: Final = 512
-"""Descriptors of one owner that are still being closed; with more, its packets should not be taken any more."""
-_CLOSERS: Final = 16
-_LARGE_BYTES: Final = 8 << 20  # a memfd whose pages take a millisecond to be given back
-_RIGHTS_ROOM: Final = socket.CMSG_SPACE(253 * 4)  # SCM_MAX_FD: what has no room, the kernel would close in this thread
 
 _LEASE: Final = struct.Struct("<4s16sII24q")  # magic, identity, leaf, count, the leaf's numbers at the start
 _LEASE_MAGIC: Final = b"SBXL"
@@ -111,12 +101,14 @@ class Packet:
     """Length of the message as JSON."""
     fds: list[int] = field(default_factory=list)
     """Descriptors that came along; whoever empties the list owns them."""
+    owner: object = None
+    """On whose account the payload is closed."""
 
     def close(self) -> None:
         """Close descriptors that nobody took."""
         payload, self.payload = self.payload, b""
         if isinstance(payload, int):
-            os.close(payload)
+            disposal.close(payload, self.owner)
         while self.fds:
             os.close(self.fds.pop())
 
@@ -218,132 +210,26 @@ def receive(
 ) -> Packet | None:
     """One packet, or None at the end of the connection. With *inline* one in a memfd is refused before it is looked at.
     Up to *descriptors* may come along with a packet that says so.
-    Descriptors that are no packet's are closed on *owner*'s account, see ``closing``.
+    Descriptors that are no packet's are closed on *owner*'s account, see ``disposal``.
 
     Raises ProtocolError for anything that is not a packet, BlockingIOError when none is there on a non-blocking socket.
     """
     # recv_fds() drops its flags (gh-107898): a descriptor would be open across exec for a moment.
-    data, control, got, _ = sock.recvmsg(INLINE_BYTES + _HEAD.size, _RIGHTS_ROOM, flags | socket.MSG_CMSG_CLOEXEC)
-    fds = [
-        fd
-        for level, kind, raw in control
-        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS
-        for fd in struct.unpack(f"{len(raw) // 4}i", raw[: len(raw) // 4 * 4])
-    ]
+    size, room = INLINE_BYTES + _HEAD.size, disposal.RIGHTS_ROOM
+    data, control, got, _ = sock.recvmsg(size, room, flags | socket.MSG_CMSG_CLOEXEC)
+    fds = disposal.rights(control)
     try:
         if not data and not fds:
             return None
         if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
             raise ProtocolError("A packet is longer than the protocol allows.")
-        return _parse(data, fds, inline, bounds, descriptors)
+        packet = _parse(data, fds, inline, bounds, descriptors)
     except BaseException:
         for fd in fds:
-            _dispose(fd, owner)
+            disposal.close(fd, owner)
         raise
-
-
-def hang_up(sock: socket.socket, owner: object = None) -> None:
-    """Close a connection to a peer that is not trusted; what was sent to it can still be read. Never blocks.
-
-    Packets that nobody has read go with it, and with them what they carry: as in ``_dispose``, not in this thread.
-    """
-    if sock.fileno() < 0:
-        return
-    read = False
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-        # With SO_PASSCRED every packet has control data, the end has none: so an empty packet is not taken for the end.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        data, _, got, _ = sock.recvmsg(1, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        read = not data and not got & socket.MSG_CTRUNC
-    if read:
-        sock.close()
-    else:
-        _closer.put(sock.detach(), owner)
-
-
-def closing(owner: object) -> int:
-    """How many descriptors of *owner* are not closed yet."""
-    return _closer.count(owner)
-
-
-def _dispose(fd: int, owner: object) -> None:
-    """Close a descriptor that may be of any kind. What is no memfd may block in close(2) (SO_LINGER, FUSE, NFS): for as
-    long as its sender likes, so not in this thread.
-    """
-    try:
-        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
-        small = os.fstat(fd).st_blocks * 512 <= _LARGE_BYTES
-    except OSError:
-        small = False
-    if small:
-        os.close(fd)
-    else:
-        _closer.put(fd, owner)
-
-
-class _Closer:
-    """Closes descriptors that may block. Each owner has a line of its own, which one thread at a time works off: who
-    sends what cannot be closed waits for it alone. A thread ends when there is nothing left to do.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lines: dict[object, deque[int]] = {}
-        self._untended: deque[object] = deque()
-        self._threads = 0
-
-    def put(self, fd: int, owner: object) -> None:
-        with self._lock:
-            line = self._lines.get(owner)
-            if line is None:
-                line = self._lines[owner] = deque()
-                self._untended.append(owner)
-            line.append(fd)
-            if not self._untended or self._threads >= _CLOSERS:
-                return
-            self._threads += 1
-        try:
-            threading.Thread(target=self._work, name="sandboxd-close", daemon=True).start()
-        except RuntimeError:  # no more threads at the moment; the next descriptor tries again
-            with self._lock:
-                self._threads -= 1
-
-    def count(self, owner: object) -> int:
-        with self._lock:
-            return len(self._lines.get(owner, ()))
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._untended:
-                    self._threads -= 1
-                    return
-                owner = self._untended.popleft()
-                line = self._lines[owner]
-            while True:
-                with self._lock:
-                    if not line:
-                        del self._lines[owner]
-                        break
-                    fd = line[0]
-                _close(fd)
-                with self._lock:
-                    line.popleft()
-
-
-_closer: Final = _Closer()
-
-
-def _close(fd: int) -> None:
-    """close(2), after which nothing waits for a peer if that can be had."""
-    with contextlib.suppress(OSError):
-        sock = socket.socket(fileno=fd)
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 0, 0))
-        sock.detach()
-    with contextlib.suppress(OSError):
-        os.close(fd)
+    packet.owner = owner
+    return packet
 
 
 def _parse(data: bytes, fds: list[int], inline: bool, bounds: Bounds, descriptors: int) -> Packet:

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["readable", "resolve", "writable"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["in_thread", "readable", "resolve", "writable"]
+
+T = TypeVar("T")
 
 
 def resolve(future: asyncio.Future[None]) -> None:
@@ -33,3 +40,21 @@ async def writable(fd: int) -> None:
         await ready
     finally:
         loop.remove_writer(fd)
+
+
+async def in_thread(function: Callable[..., T], *arguments: Any, discard: Callable[[T], object] | None = None) -> T:
+    """What *function* returns in a thread of the loop's executor. It has returned when this does: also when the caller
+    is cancelled, which is raised afterwards, and the result goes to *discard*. So its descriptors stay valid.
+    """
+    work = asyncio.get_running_loop().run_in_executor(None, functools.partial(function, *arguments))
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.shield(work)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return work.result()
+    if discard is not None and work.exception() is None:
+        discard(work.result())
+    raise cancelled

@@ -37,6 +37,8 @@ CODE_MAX_BYTES: Final = 16 << 20
 # MAX_ARG_STRLEN, execve(2): what the program passes on to a child cannot fail by its length
 ARGS_ENV_MAX_BYTES: Final = 128 << 10
 FILES_MAX: Final = 100_000
+DEPTH: Final = 64
+"""Directories above a file in /workspace, in and out: each is a step of the kernel's walk for each file below it."""
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _READ_TOO_EARLY: Final = ("LD_", "PYTHON", "GLIBC_TUNABLES", "MALLOC_")
@@ -149,7 +151,8 @@ def check_env(env: object, args: Iterable[str] = ()) -> dict[str, str]:
 def check_guest_path(path: object) -> str:
     """A path below /workspace, in its one normal form; returned as it is.
 
-    Relative, no empty, "." or ".." part, no NUL, at most 4,095 bytes, each part at most 255. Raises InvalidRequest.
+    Relative, no empty, "." or ".." part, no NUL, at most 4,095 bytes, each part at most 255, at most 64 directories
+    deep. Raises InvalidRequest.
     """
     return _guest_path("files", path)
 
@@ -166,9 +169,11 @@ def _guest_path(field: str, path: object) -> str:
         wrong = 'it must hold no empty or "." part'
     elif "\0" in path:
         wrong = "it must not hold a NUL"
+    elif len(parts) > DEPTH + 1:
+        wrong = f"at most {DEPTH} directories deep"
     else:
         try:
-            sizes = [len(part.encode()) for part in parts]
+            sizes = [*map(len, parts)] if path.isascii() else [len(part.encode()) for part in parts]
         except UnicodeEncodeError:
             wrong = "it must be text that UTF-8 can hold"
         else:

@@ -25,7 +25,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sandboxd import protocol
+from sandboxd import disposal, protocol
 from sandboxd.engine import connection
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.share import Share
@@ -776,7 +776,7 @@ def test_a_run_waits_until_the_last_files_are_read(served: Served) -> None:
 
 
 def test_whose_descriptors_cannot_be_closed_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "closing", lambda _: protocol.CLOSING_MAX + 1)
+    monkeypatch.setattr(disposal, "pending", lambda _: disposal.PENDING_MAX + 1)
 
     async def main() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

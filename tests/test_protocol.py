@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import struct
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -446,102 +445,6 @@ def test_a_request_has_closer_bounds(pair: Pair, text: bytes, words: str) -> Non
 def test_a_request_may_name_ten_thousand_files() -> None:
     files = [[f"directory/another/{number:06}.txt", 1000] for number in range(10_000)]
     assert len(protocol.loads(json.dumps({"files": files}).encode(), protocol.REQUESTS)["files"]) == 10_000
-
-
-# --- closing what may block ---------------------------------------------------------------------------------------
-
-
-class Stuck:
-    """Stands for close(2): a descriptor in *fds* blocks until ``release``."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *fds: int) -> None:
-        self.release = threading.Event()
-        self._fds = fds
-        self._real = protocol._close
-        monkeypatch.setattr(protocol, "_close", self._close)
-
-    def _close(self, fd: int) -> None:
-        if fd in self._fds:
-            self.release.wait(10)
-        self._real(fd)
-
-
-def closers() -> int:
-    """How many threads close."""
-    return sum(thread.name == "sandboxd-close" for thread in threading.enumerate())
-
-
-def null() -> int:
-    """A descriptor that is no memfd."""
-    return os.open(os.devnull, os.O_RDONLY)
-
-
-def test_a_stuck_close_holds_up_its_owner_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = null()
-    stuck = Stuck(monkeypatch, held)
-    protocol._dispose(held, "one")
-    for _ in range(50):
-        protocol._dispose(null(), "one")
-    for _ in range(50):
-        protocol._dispose(null(), "other")
-    eventually(lambda: protocol.closing("other") == 0, 5, "the other's are closed")
-    assert protocol.closing("one") == 51
-    assert closers() <= 2
-    stuck.release.set()
-    eventually(lambda: protocol.closing("one") == 0 and closers() == 0, 5, "all are closed")
-
-
-def test_closing_threads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    held = [null() for _ in range(40)]
-    stuck = Stuck(monkeypatch, *held)
-    for number, fd in enumerate(held):
-        protocol._dispose(fd, number)
-    assert closers() == protocol._CLOSERS
-    stuck.release.set()
-    eventually(lambda: not any(map(protocol.closing, range(40))) and closers() == 0, 5, "all are closed")
-
-
-def test_without_threads_descriptors_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", refuse)
-        protocol._dispose(null(), "one")
-        assert protocol.closing("one") == 1
-    protocol._dispose(null(), "two")
-    eventually(lambda: protocol.closing("one") + protocol.closing("two") == 0, 5, "both are closed")
-
-
-@pytest.mark.parametrize("lead", [None, b"", b"x" * 30_000], ids=["alone", "behind-empty", "behind-large"])
-def test_hanging_up_closes_unread_descriptors_elsewhere(
-    pair: Pair, monkeypatch: pytest.MonkeyPatch, lead: bytes | None
-) -> None:
-    if lead is not None:
-        raw(pair[0], lead)
-    fd = null()
-    raw(pair[0], b"", fd)
-    os.close(fd)
-    number = pair[1].fileno()
-    stuck = Stuck(monkeypatch, number)
-    protocol.hang_up(pair[1], "one")
-    assert pair[1].fileno() == -1
-    assert protocol.closing("one") == 1
-    with pytest.raises(BrokenPipeError):
-        raw(pair[0], b"more")
-    stuck.release.set()
-    eventually(lambda: protocol.closing("one") == 0, 5, "closed")
-
-
-def test_hanging_up_with_nothing_unread_needs_no_thread(pair: Pair) -> None:
-    protocol.send(pair[1], {"a": 1})
-    protocol.hang_up(pair[1], "one")
-    assert closers() == 0
-    packet = protocol.receive(pair[0])
-    assert packet is not None
-    assert packet.message == {"a": 1}
-    assert protocol.receive(pair[0]) is None
-    protocol.hang_up(pair[1], "one")
 
 
 def test_a_descriptor_with_an_inline_packet_is_refused(pair: Pair) -> None:

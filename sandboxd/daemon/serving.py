@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import protocol
+from sandboxd import disposal, protocol
 from sandboxd.daemon import journal, watchdog
 from sandboxd.daemon.config import DaemonConfig, find_policy, load_config
 from sandboxd.daemon.listening import BACKLOG, handed_over, listen
@@ -278,7 +278,7 @@ class Daemon:
         most = self._config.engine.max_clients
         sees_all = uid in (0, os.geteuid())
         full = len(self._clients) >= most and not sees_all  # the operator gets in, to look and to reload
-        stuck = not sees_all and protocol.closing(uid) > protocol.CLOSING_MAX
+        stuck = not sees_all and disposal.pending(uid) > disposal.PENDING_MAX
         if self._over.done() or full or stuck or self._per_uid[uid] >= max(1, most // CLIENTS_SHARE):
             why = "descriptors that it sent cannot be closed" if stuck else "too many connections"
             if not self._over.done():
@@ -286,7 +286,7 @@ class Daemon:
             with contextlib.suppress(OSError):
                 sock.setblocking(False)
                 protocol.send(sock, {"op": "refused", "error": Busy(1.0).plain()})
-            protocol.hang_up(sock, uid)
+            disposal.close_socket(sock, uid)
             return
         connection = Connection(
             self._engine, sock, {"uid": uid, "pid": pid}, self._policy, sees_all, reload=self._asked_to_reload

@@ -18,15 +18,16 @@ import re
 import socket
 import sys
 import termios
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import protocol
+from sandboxd import disposal, protocol
 from sandboxd.engine.leases import Leases, send_now
 from sandboxd.engine.prepared import Prepared
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.limits import shown
-from sandboxd.waiting import resolve, writable
+from sandboxd.waiting import in_thread, resolve, writable
 from sandboxd.wire import Run, parse_header
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ log = logging.getLogger("sandboxd.engine")
 HELLO_SECONDS: Final = 10.0
 SEND_SECONDS: Final = 30.0
 MOST_SECONDS: Final = 1e6
+LARGE_BYTES: Final = 1 << 20
+"""Of a payload that is looked at, and given back, by another thread than the loop's."""
 _SHOWN_KEYS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
@@ -147,7 +150,7 @@ class Connection:
         self._look_away()
         if self._leases is not None:
             self._leases.close()
-        protocol.hang_up(self._sock, self._client.get("uid"))
+        disposal.close_socket(self._sock, self._client.get("uid"))
 
     async def _request(self, packet: Packet) -> None:
         operation = packet.message.get("op")
@@ -222,12 +225,31 @@ class Connection:
             # Who sees all is the operator; of anybody else only so much stays in the engine's memory at a time.
             who = None if self._sees_all else self._client.get("uid")
             with self._engine.hold(who, packet.text_bytes + _code_bytes(message["run"])):
-                with self._share.counted():
-                    request = parse_header(message["run"], packet.take_bytes())
-                packet.message = message = {}
-                await self._execute(name, request)
+                # Not a name of this frame: the payload's pages go with its last reference, which may take a while.
+                requests = [await self._parse(packet)]
+                message = {}
+                try:
+                    await self._execute(name, requests[0])
+                finally:
+                    if packet.payload_bytes > LARGE_BYTES:
+                        disposal.leave(requests.clear, who)
         except (PolicyError, InvalidRequest, Busy) as error:
             await self._refuse(error)
+
+    async def _parse(self, packet: Packet) -> Run:
+        """The run that *packet* asks for. A large one is looked at by another thread, whose time counts as well. Raises
+        what ``parse_header`` raises.
+        """
+        header: dict[str, Any] = packet.message["run"]
+        packet.message = {}
+        if packet.payload_bytes <= LARGE_BYTES:
+            with self._share.counted():
+                return parse_header(header, packet.take_bytes())
+        begun = time.monotonic()
+        try:
+            return await in_thread(lambda: parse_header(header, packet.take_bytes()))
+        finally:
+            self._share.spent(begun)
 
     async def _execute(self, name: str | None, request: Run) -> None:
         """Run *request* and answer, with an eye on the client: when it speaks or leaves, the run ends."""
@@ -435,7 +457,7 @@ class Connection:
             raise _Gone(str(error)) from None
         finally:
             if fd >= 0:
-                os.close(fd)
+                disposal.close(fd, self._client.get("uid"))
 
     async def _taken(self) -> None:
         """Wait for the peer to read the memfd that it was sent last, whose pages are the engine's. Raises _Gone when it
@@ -463,7 +485,7 @@ class Connection:
         while True:
             await self._share.turn()
             owner = self._client.get("uid")
-            if not self._sees_all and protocol.closing(owner) > protocol.CLOSING_MAX:
+            if not self._sees_all and disposal.pending(owner) > disposal.PENDING_MAX:
                 raise ProtocolError("Descriptors that came with earlier packets cannot be closed.")
             with self._share.counted(), contextlib.suppress(BlockingIOError):
                 return protocol.receive(self._sock, inline=inline, bounds=self._bounds, owner=owner)

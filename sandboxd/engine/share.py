@@ -63,5 +63,9 @@ class Share:
         asyncio.get_running_loop().call_later(owed, self._paid)
         return owed
 
+    def took(self, seconds: float) -> None:
+        """As ``counted``, of work that another thread has done."""
+        self.spent(time.monotonic() - seconds)
+
     def _paid(self) -> None:
         pass
