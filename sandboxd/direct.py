@@ -21,7 +21,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import protocol
+from sandboxd import channel, protocol
 from sandboxd._native import ffi, lib
 from sandboxd.cgroup.numbers import Numbers
 from sandboxd.cgroup.reading import Reading
@@ -43,7 +43,6 @@ MESSAGE_BYTES: Final = 48 << 10
 FIRST_LOOK_SECONDS: Final = 0.0015
 PATIENCE_SECONDS: Final = 0.01
 """What has not ended by then is the engine's to watch."""
-FRAME_BYTES: Final = 1 << 18
 SOURCE_BYTES: Final = 24 << 10
 STREAM_BYTES: Final = 1 << 16
 """What a pipe holds at most, pipe(7)."""
@@ -115,11 +114,11 @@ class Direct:
     def start(self, source: bytes, message: bytes) -> None:
         """Set the engine's alarm and hand the program over."""
         begun = time.monotonic()
-        channel, _, _, _, file, alarm = self._fds
+        end, _, _, _, file, alarm = self._fds
         text, packet = ffi.from_buffer("char[]", source), ffi.from_buffer("char[]", message)
         given = ffi.new(
             "struct sbx_handover *",
-            (alarm, file, channel, int(PATIENCE_SECONDS * 1e9), text, packet, len(source), len(message)),
+            (alarm, file, end, int(PATIENCE_SECONDS * 1e9), text, packet, len(source), len(message)),
         )
         self._started = time.monotonic()
         self.handed_over = lib.sbx_hand_over(given) >= 0  # refused: the cell is dead; the engine will say why
@@ -142,16 +141,16 @@ class Direct:
 
     def _frame(self) -> bytes:
         """The finished frame; b"" when none came in time, or the cell is dead."""
-        channel = self._fds[0]
+        end = self._fds[0]
         poll = select.poll()
-        poll.register(channel, select.POLLIN)
+        poll.register(end, select.POLLIN)
         for patience in (FIRST_LOOK_SECONDS, PATIENCE_SECONDS):
             while poll.poll(max(0.0, self._started + patience - time.monotonic()) * 1000):
                 try:
-                    data = os.read(channel, FRAME_BYTES)  # one packet; not blocking, by the engine's setting
+                    data = channel.read(end)  # one packet; not blocking, by the engine's setting
                 except BlockingIOError:
                     continue
-                except OSError:
+                except (OSError, channel.Descriptors):
                     return b""
                 if data != b"P":
                     return data

@@ -212,6 +212,13 @@ class CellFds:
     stderr: int
     channel: int
 
+    def take(self) -> list[int]:
+        """Those that are open, now the caller's."""
+        fds = [getattr(self, name) for name in self.__slots__]
+        for name in self.__slots__:
+            setattr(self, name, -1)
+        return [fd for fd in fds if fd >= 0]
+
     def close(self, *names: str) -> None:
         """Close the named descriptors, or all."""
         for name in names or self.__slots__:

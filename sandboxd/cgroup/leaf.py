@@ -70,6 +70,7 @@ class LeafGroups:
 
 class _Memory(Protocol):
     oom_fd: int
+    counts_late: bool
     peak_resettable: bool
     kills: Number
 
@@ -252,6 +253,11 @@ class Leaf:
         first. On v2 any change of memory.events makes it readable, also a limit that was met and then held.
         """
         return self._memory.oom_fd
+
+    @property
+    def counts_kills_late(self) -> bool:
+        """Whether a kill is counted only after ``oom_fd`` announced it (v1); else the count has a notice of its own."""
+        return self._memory.counts_late
 
     def oom_clear(self) -> None:
         """Make ``oom_fd`` unreadable until the next notice."""

@@ -70,6 +70,7 @@ class NoLeaf(Leaf):
     """Of every cell: it holds nothing of any of them."""
 
     counts = False
+    counts_kills_late = False
 
     def __init__(self) -> None:
         self.name = "none"

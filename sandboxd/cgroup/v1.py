@@ -51,7 +51,7 @@ def swap_is_bounded(group: Group) -> bool:
 class Memory:
     """The memory files of one leaf. Values are bytes."""
 
-    peak_resettable = True
+    peak_resettable = counts_late = True
 
     def __init__(self, group: Group, fds: Fds, numbers: Numbers) -> None:
         self._group = group

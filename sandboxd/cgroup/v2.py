@@ -83,6 +83,7 @@ class Memory:
     """The memory files of one leaf. Values are bytes."""
 
     limit = None  # meeting it is counted
+    counts_late = False
 
     def __init__(self, group: Group, fds: Fds, numbers: Numbers) -> None:
         self._group = group

@@ -27,7 +27,8 @@ import struct
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
-from sandboxd import native
+from sandboxd import channel, disposal, native
+from sandboxd._native import lib
 from sandboxd.engine import workspace
 from sandboxd.engine.life import Event, Life, State
 from sandboxd.errors import Unavailable
@@ -50,12 +51,13 @@ log = logging.getLogger("sandboxd.engine")
 
 HELLO: Final = struct.Struct("=4sIiI")
 HELLO_SECONDS: Final = 10.0
-FRAME_BYTES: Final = 1 << 18
+LAST_PACKETS: Final = 1024
+"""Of a dead cell's, before its finished frame: far more than a program has under way, and read in some ms."""
 SOURCE_NAME: Final = "main.py"
 SPARE_DESCRIPTORS: Final = 256
 _PARKED: Final = b"P"
-_room: Final = bytearray(FRAME_BYTES)
-_view: Final = memoryview(_room)
+# Room that is there already: a fresh 256 KiB would be mapped and unmapped for each packet.
+_room: Final = bytearray(channel.FRAME_BYTES)
 
 
 class Keeper(Protocol):
@@ -184,6 +186,7 @@ class Cell:
             return
         try:
             self.channel = socket.socket(fileno=fds.channel)
+            channel.refuse_descriptors(self.channel)
             poll = self._poll = select.epoll()
             self._watch(fds.channel, 0)
             self._source = workspace.make_source(self.prepared.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
@@ -226,6 +229,11 @@ class Cell:
             self._poll.unregister(fd)
 
     # Waiting for a program
+
+    @property
+    def _account(self) -> object:
+        """Of what it sends, for ``disposal``."""
+        return ("cell", self.slot.index) if self.slot is not None else None
 
     @property
     def leaf(self) -> Leaf:
@@ -301,22 +309,23 @@ class Cell:
                 else:
                     self._rider.wrote(what)
 
-    def stop_watching(self, number: int) -> None:
-        """Stream *number* is at its end."""
+    def watch_stream(self, number: int, on: bool) -> None:
+        """Tell the rider when stream *number* can be read, or do not."""
         assert self.fds is not None  # noqa: S101
-        self._unwatch(self.fds.stdout if number == 1 else self.fds.stderr)
-
-    def hear_out(self) -> None:
-        """Read what is left of its packets: it is dead, or was told to die."""
-        while self.channel is not None and self.channel.fileno() in self._watched and self._speaks():
-            continue
+        fd = self.fds.stdout if number == 1 else self.fds.stderr
+        if on and self._poll is not None and fd not in self._watched:
+            self._watch(fd, number)
+        elif not on:
+            self._unwatch(fd)
 
     def last_packets(self) -> Iterator[bytes]:
-        """What it said that nobody has read: it is dead."""
-        while self.channel is not None:
+        """What it said that nobody has read, LAST_PACKETS at most: it is dead."""
+        for _ in range(LAST_PACKETS):
+            if self.channel is None:
+                return
             try:
-                data = self.channel.recv(FRAME_BYTES)
-            except OSError:
+                data = channel.receive(self.channel, _room, self._account)
+            except (OSError, channel.Descriptors):
                 return
             if not data:
                 return
@@ -343,13 +352,15 @@ class Cell:
         self._watch(self.fds.stdout, 1)
         self._watch(self.fds.stderr, 2)
 
-    def _speaks(self) -> bool:
+    def _speaks(self) -> None:
         assert self.channel is not None  # noqa: S101
         try:
-            # Into room that is there already: a fresh 256 KiB would be mapped and unmapped for each packet.
-            data = bytes(_view[: self.channel.recv_into(_room)])
+            data = channel.receive(self.channel, _room, self._account)
         except BlockingIOError:
-            return False
+            return
+        except channel.Descriptors:
+            log.info("a program sent descriptors over its channel, and is heard no more")
+            data = b""
         except OSError:
             data = b""
         if not data:
@@ -358,7 +369,7 @@ class Cell:
         if self._rider is not None and state is not State.SEALED:
             self._rider.spoke(data)
         elif not data:
-            return False  # its end is told by who reaps it
+            return  # its end is told by who reaps it
         elif state is State.SEALING:
             self._hello(data)
         elif state is State.SEALED and data == _PARKED and not self.is_parked:
@@ -368,7 +379,6 @@ class Cell:
                 self._keeper.parked(self)
         elif state is State.SEALED:
             self._fail(Unavailable("cell", None, "look at the engine's log", "a parked cell said what it should not"))
-        return bool(data)
 
     def _hello(self, data: bytes) -> None:
         if len(data) != HELLO.size or data[:4] != b"SBXC":
@@ -414,7 +424,7 @@ class Cell:
     def exited(self, code: int, status: int) -> None:
         """As ``zygote.Hears``."""
         self.wait = (code, status)
-        self.hear_out()
+        # Its children may live, and send for as long as they do: first the kill. What it said is read when it is dead.
         if self._rider is not None:
             self._rider.exited()
         elif self.life.state in (State.SEALING, State.SEALED):
@@ -471,25 +481,46 @@ class Cell:
             self._give_back()
 
     def _give_back(self) -> None:
-        """Close what is left and give the slot back. Descriptors first: they pin the file systems and their memory."""
+        """Close what is left and give the slot back. Descriptors first: they pin the file systems and their memory,
+        and so much of it that freeing it takes its time is freed by another thread.
+        """
         self.life.on(Event.LET_GO)
-        self._close()
+        slow = self._is_slow_to_close()
+        fds = self._take_fds()
+        if slow:
+            closing = self._loop.run_in_executor(None, lib.sbx_close_all, fds, len(fds))
+            closing.add_done_callback(self._closed)
+        else:
+            lib.sbx_close_all(fds, len(fds))
+            self._closed()
+
+    def _closed(self, _: object = None) -> None:
+        self._engine.crowded = False
         slot, self.slot = self.slot, None
         if slot is not None:
             self._engine.slots.give_back(slot)
         self._keeper.gone(self)
 
-    def _close(self) -> None:
-        for fd in (self._source, self.alarm):
-            if fd >= 0:
-                os.close(fd)
+    def _is_slow_to_close(self) -> bool:
+        try:
+            return self.fds is not None and workspace.is_large(self.fds.workspace)
+        except OSError:
+            return False  # not there any more
+
+    def _take_fds(self) -> list[int]:
+        """Every descriptor that is open, now the caller's to close."""
+        fds = [self._source, self.alarm]
         self._source = self.alarm = -1
         if self.fds is not None:
-            if self.channel is not None:
-                self.channel.detach()
-                self.channel = None
-            self.fds.close()
-            self._engine.crowded = False
+            fds += self.fds.take()
+        end, self.channel = self.channel, None
+        if end is not None:
+            fds.remove(end.fileno())
+            if channel.may_carry_descriptors():
+                disposal.close_socket(end, self._account)
+            else:
+                end.close()
+        return [fd for fd in fds if fd >= 0]
 
     def watch_dying(self, now: float) -> bool:
         """Killed tasks run their own end, under the CPU quota of their leaf: when that takes long, it is lifted."""

@@ -28,12 +28,14 @@ from sandboxd.engine.clock import Meter, Mode
 from sandboxd.engine.life import Event, State
 from sandboxd.engine.outcome import Cause, Evidence, Finished, parse_finished
 from sandboxd.engine.output import Collector
+from sandboxd.engine.pace import Pace
 from sandboxd.engine.plan import UNLIMITED_BYTES, leaf_limits
 from sandboxd.engine.share import Share
 from sandboxd.engine.standstill import Standstill
-from sandboxd.engine.streams import Emit, OutputStream
+from sandboxd.engine.streams import DRAIN_READS, Emit, OutputStream
 from sandboxd.engine.tools import ToolLink
 from sandboxd.errors import ProtocolError, Unavailable
+from sandboxd.waiting import in_thread
 from sandboxd.zygote import ZygoteLost
 
 if TYPE_CHECKING:
@@ -53,7 +55,10 @@ READ_BYTES: Final = 1 << 16
 READS: Final = 16
 INLINE_CHARACTERS: Final = 24 << 10
 """A source up to this length travels with the arguments, too: the cell need not read the file."""
-OOM_TRIES: Final = 100
+OOM_PAUSES: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
+"""Seconds between the looks for a kill that is counted after it was announced."""
+LOOP_CHARACTERS: Final = 1 << 18
+"""A longer source, and input files, are written by another thread than the loop's."""
 LendTools = Callable[[str, int], Awaitable[None]]
 """Hands the host's end of a run's tool calls, a descriptor that is its to close, to the client."""
 
@@ -90,6 +95,7 @@ class CellRun:
         self._streams: list[OutputStream] = []
         keep = int(limits["output_bytes"] or 0)
         self._outputs = (Collector(keep), Collector(keep))
+        self._paces = (Pace(), Pace())
         self._known: workspace.Known = {}
         self._stdin: memoryview | None = None
         self._message: memoryview | None = None
@@ -97,8 +103,10 @@ class CellRun:
         self._lend_tools = lend_tools
         self._share = share or Share(free=True)
         self._link: ToolLink | None = None
+        self._has_tools = False
         self._meter: Meter | None = None
         self._deaf = False
+        self._looks: int | None = None
 
     # From the outside
 
@@ -193,9 +201,10 @@ class CellRun:
         try:
             cell.ride(self)
             tools = self._request.tools if self._request is not None else None
-            self._put_inputs(cell)
+            await self._put_inputs(cell)
             if tools is not None and self._lend_tools is not None and cell.channel is not None:
                 records = self._engine.trail.calls(self.id)
+                self._has_tools = True
                 self._link = ToolLink(Standstill(self, cell), cell.channel, tools.calls, self._share, records)
                 await self._lend_tools(self.id, self._link.take_theirs())
             if self._known:
@@ -237,7 +246,7 @@ class CellRun:
             if cell.leaf.tasks() > 1 or not workspace.is_untouched(cell.fds.workspace, self._known):
                 return False
             for number in (1, 2):
-                self.wrote(number)
+                self._read_stream(cell, number)
             return self._cause is None
         except OSError:
             return False
@@ -311,7 +320,7 @@ class CellRun:
         self._streams = []  # they know this run: a cycle would keep it until the next collection
         self._emit = None
 
-    def _put_inputs(self, cell: Cell) -> None:
+    async def _put_inputs(self, cell: Cell) -> None:
         request, limits = self._request, self.limits
         assert request is not None  # noqa: S101
         assert cell.fds is not None  # noqa: S101
@@ -322,11 +331,12 @@ class CellRun:
             except OSError as error:
                 fix = "the engine must own its cgroup subtree; sandboxd doctor says what is missing"
                 raise Unavailable("cgroup", error.errno, fix, str(error)) from error
-        source = request.code.encode()
-        cell.put_source(source, request.filename)
-        if request.files:
-            owner = self._engine.slot_ids.guest_uid(cell.slot.index)
-            self._known = workspace.put_files(cell.prepared.zygote.files, cell.fds.workspace, request.files, owner)
+        owner = self._engine.slot_ids.guest_uid(cell.slot.index)
+        if request.files or len(request.code) > LOOP_CHARACTERS:
+            self._known, seconds = await in_thread(_write_inputs, cell, request, owner)
+            self._share.took(seconds)
+        else:
+            cell.put_source(request.code.encode(), request.filename)
         if request.stdin is None or not len(request.stdin):
             cell.fds.close("stdin")
         else:
@@ -337,7 +347,7 @@ class CellRun:
             "filename": request.filename,
             "results": request.results,
         }
-        if len(source) <= INLINE_CHARACTERS:
+        if len(request.code) <= INLINE_CHARACTERS:
             message["code"] = request.code
         if request.tools is not None:
             message["tools"] = request.tools.module
@@ -416,18 +426,23 @@ class CellRun:
             self._parked_said = True  # it crossed with the program
             return
         try:
-            if self._link is not None and data[0] == toolframes.MAGIC:
-                self._link.from_cell(data)
+            if data[0] == toolframes.MAGIC and self._has_tools:
+                if self._link is not None:
+                    self._link.from_cell(data)
                 return
             self._finished = parse_finished(data)
         except ProtocolError as error:
             # Not ours: the program wrote it. Its own end is still to come.
             log.info("run %s: a frame that is none: %s", self.id, error)
-            self._deaf = True
-            if self.cell is not None:
-                self.cell.be_deaf()
+            self._be_deaf()
             return
+        self._be_deaf()  # nothing after it counts
         self._end_by(Event.FINISHED, None)
+
+    def _be_deaf(self) -> None:
+        self._deaf = True
+        if self.cell is not None:
+            self.cell.be_deaf()
 
     def rang(self) -> None:
         """As ``cell.Rider``."""
@@ -440,16 +455,25 @@ class CellRun:
         """As ``cell.Rider``."""
         self._end_by(Event.LOST, "lost")
 
-    def ran_out(self, tries: int = 0) -> None:
-        """As ``cell.Rider``; on v1 the notice comes just before the kill is counted."""
-        cell = self.cell
+    def ran_out(self) -> None:
+        """As ``cell.Rider``."""
+        looking, self._looks = self._looks is not None, 0
+        if not looking:
+            self._look_for_kill()
+
+    def _look_for_kill(self) -> None:
+        """Whether there was an OOM kill. Where the notice comes before the count there are several looks, the first of
+        them again for each notice, and never two series of them.
+        """
+        cell, look, self._looks = self.cell, self._looks, None
         if cell is None or cell.life.state is not State.RUNNING:
             return
         cell.leaf.oom_clear()
         if cell.leaf.oom_kills():
             self._end_by(Event.LIMIT, "memory")
-        elif tries < OOM_TRIES:
-            self._loop.call_later(0.001, self.ran_out, tries + 1)
+        elif cell.leaf.counts_kills_late and look is not None and look < len(OOM_PAUSES):
+            self._looks = look + 1
+            self._loop.call_later(OOM_PAUSES[look], self._look_for_kill)
 
     def tick(self, now: float) -> None:
         """The clock reached ``wall_end`` or ``cpu_look``."""
@@ -503,23 +527,52 @@ class CellRun:
     def wrote(self, number: int) -> None:
         """As ``cell.Rider``; without a caller who takes it, output is read as it comes."""
         cell = self.cell
-        if cell is None or cell.fds is None:
+        if cell is None:
             return
+        found = self._read_stream(cell, number)
+        if found is None:
+            cell.watch_stream(number, False)
+            return
+        pace = self._paces[number - 1]
+        seconds = pace.after(found) if found else 0.0
+        if seconds and cell.life.state is State.RUNNING:
+            cell.watch_stream(number, False)
+            self._loop.call_later(seconds, self._look_again, number)
+
+    def _look_again(self, number: int) -> None:
+        """A stream that was left alone for a while."""
+        cell = self.cell
+        if cell is None or cell.life.state is not State.RUNNING:
+            return
+        found = self._read_stream(cell, number)
+        if found:
+            self._loop.call_later(self._paces[number - 1].after(found), self._look_again, number)
+        elif found is not None:
+            self._paces[number - 1].reset()
+            cell.watch_stream(number, True)
+
+    def _read_stream(self, cell: Cell, number: int) -> int | None:
+        """Read what is there, READS pieces at most. How many bytes that was; None at the end, or when it is too
+        much.
+        """
+        if cell.fds is None:
+            return None
         fd = cell.fds.stdout if number == 1 else cell.fds.stderr
+        found = 0
         for _ in range(READS):
             try:
                 data = os.read(fd, READ_BYTES)
             except BlockingIOError:
-                return
+                return found
             if not data:
-                cell.stop_watching(number)
-                return
+                return None
+            found += len(data)
             self._outputs[number - 1].add(data)
             if self._grown():
-                cell.stop_watching(number)  # a kill takes its time; the rest is read when it is dead
-                return
+                return None  # a kill takes its time; the rest is read when it is dead
             if len(data) < READ_BYTES:
-                return
+                break
+        return found
 
     def _drain(self, cell: Cell) -> None:
         """Everything that could write is dead: read what is left."""
@@ -527,7 +580,10 @@ class CellRun:
             return
         for number, fd in ((1, cell.fds.stdout), (2, cell.fds.stderr)):
             with contextlib.suppress(BlockingIOError):
-                while data := os.read(fd, READ_BYTES):
+                for _ in range(DRAIN_READS):
+                    data = os.read(fd, READ_BYTES)
+                    if not data:
+                        break
                     self._outputs[number - 1].add(data)
             self._grown()
 
@@ -576,6 +632,8 @@ class CellRun:
         await cell.death()
         # The program's own end may have crossed with a kill of ours; a limit that fired outranks it all the same.
         for data in cell.last_packets():
+            if self._finished is not None or self._deaf:
+                break
             self.spoke(data)
         if self._streams:
             for stream in self._streams:
@@ -588,7 +646,8 @@ class CellRun:
             return workspace.Collected()
         most = int(self.limits["workspace_bytes"] or UNLIMITED_BYTES)
         by = self._prepared.zygote.files
-        return await asyncio.to_thread(workspace.collect, by, workspace_fd, self._known, most)
+        args = (by, workspace_fd, self._known, most)
+        return await in_thread(workspace.collect, *args, discard=workspace.Collected.close)
 
     def _tell(
         self,
@@ -618,3 +677,12 @@ class CellRun:
         slot = None if cell is None else cell.slot
         isolation = None if slot is None else self._prepared.receipt(slot.index)
         return answer(self.id, evidence, (out, err), collected, (queued, setup, run), warm, isolation, waited)
+
+
+def _write_inputs(cell: Cell, request: Run, owner: int) -> tuple[workspace.Known, float]:
+    """Write *request*'s source and files into *cell*, as *owner*; the seconds of CPU time that it took."""
+    begun = time.thread_time()
+    assert cell.fds is not None  # noqa: S101
+    cell.put_source(request.code.encode(), request.filename)
+    known = workspace.put_files(cell.prepared.zygote.files, cell.fds.workspace, request.files, owner)
+    return known, time.thread_time() - begun

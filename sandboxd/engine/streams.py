@@ -14,7 +14,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
-from sandboxd.waiting import readable
+from sandboxd.engine.pace import Pace
+from sandboxd.waiting import readable, resolve
 
 if TYPE_CHECKING:
     from sandboxd.engine.output import Collector
@@ -24,6 +25,8 @@ __all__ = ["Emit", "OutputStream"]
 READ_BYTES: Final = 1 << 16
 BACKLOG_BYTES: Final = 1 << 18
 READS: Final = 16
+DRAIN_READS: Final = 17
+"""Of READ_BYTES, once everything that could write is dead: the largest pipe (fs.pipe-max-size), and its end."""
 
 Emit = Callable[[int, bytes], Awaitable[None]]
 """Called with 1 or 2 and bytes of stdout or stderr as they come."""
@@ -46,6 +49,8 @@ class OutputStream:
         self._change = asyncio.Event()
         self._hurried = False
         self._ended = False
+        self._pace = Pace()
+        self._rest: asyncio.Future[None] | None = None
         loop = asyncio.get_running_loop()
         self._reading = loop.create_task(self._read())
         self._handing = loop.create_task(self._hand_over()) if emit is not None else None
@@ -54,6 +59,8 @@ class OutputStream:
         """Everything that could write is dead: read what is left, without waiting for the caller."""
         self._hurried = True
         self._change.set()
+        if self._rest is not None:
+            resolve(self._rest)
         await self._reading
 
     async def delivered(self) -> None:
@@ -70,13 +77,15 @@ class OutputStream:
 
     async def _read(self) -> None:
         try:
-            reads = 0
-            while True:
+            reads = last_reads = 0
+            while last_reads < DRAIN_READS:
+                last_reads += self._hurried
                 try:
                     data = os.read(self._fd, READ_BYTES)
                 except BlockingIOError:
                     if self._hurried:
                         return  # nobody is left who could write, and a descriptor passed elsewhere is no reason to wait
+                    self._pace.reset()
                     await readable(self._fd)
                     continue
                 if not data:
@@ -91,6 +100,7 @@ class OutputStream:
                         await self._changed()
                 while too_much and not self._hurried:
                     await self._changed()  # a kill takes its time; meanwhile the pipe is full, and the program waits
+                await self._leave_alone(self._pace.after(len(data)))
                 reads += 1
                 if reads % READS == 0:
                     # A program that writes as fast as this reads must not keep the others waiting.
@@ -98,6 +108,19 @@ class OutputStream:
         finally:
             self._ended = True
             self._change.set()
+
+    async def _leave_alone(self, seconds: float) -> None:
+        """Do not read for so long, or until ``finish``."""
+        if not seconds or self._hurried:
+            return
+        loop = asyncio.get_running_loop()
+        self._rest = loop.create_future()
+        timer = loop.call_later(seconds, resolve, self._rest)
+        try:
+            await self._rest
+        finally:
+            timer.cancel()
+            self._rest = None
 
     async def _hand_over(self) -> None:
         assert self._emit is not None  # noqa: S101 (the task exists only then)
