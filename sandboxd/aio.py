@@ -148,6 +148,10 @@ class AsyncSandbox:
             finally:
                 sandbox._settle(sock, keep=keep)
 
+    async def stats(self) -> dict[str, Any]:
+        """As ``Sandbox.stats``."""
+        return await asyncio.to_thread((await self._opened()).stats)
+
     def session(self, **_arguments: Any) -> NoReturn:
         """As ``Sandbox.session``: not in this version. Raises Unavailable."""
         raise later("sessions come")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's pr
     from sandboxd.policy import Limits, Policy
     from sandboxd.result import Result
 
-__all__ = ["Sandbox", "parse_address", "ps", "reload"]
+__all__ = ["Sandbox", "parse_address", "ps", "reload", "stats"]
 
 CANCEL_SECONDS: Final = 2.0
 IDLE_CONNECTIONS: Final = 16
@@ -329,6 +329,27 @@ class Sandbox(Closing):
                 self._settle(sock, keep=True)
                 return result
 
+    def stats(self) -> dict[str, Any]:
+        """The engine's counters since it began.
+
+        ``runs`` (number by status), ``queued``, ``running``, ``parked`` (cells that wait for a program),
+        ``zygote_restarts``, each also by policy in ``policies``; ``uptime_seconds``; ``pid``; ``held_seconds``, how long one
+        iteration of the engine's loop kept all others waiting: ``worst``, ``p99``, the number of ``iterations`` and of
+        those ``above`` 0.01, 0.05, 0.1 and 1 s; ``worst_bytes`` and ``worst_steps`` are the most that one has read.
+
+        Of a daemon its operator sees everything, and anybody else the counters of their own runs. Raises
+        ConnectionLost, Unavailable.
+        """
+        self._check_open()
+        return _stats(self._connect())
+
+    def _connect(self) -> socket.socket:
+        try:
+            return self._engine.connect() if self._engine is not None else open_daemon(self._path or "")
+        except OSError as error:
+            self._check_open()
+            raise ConnectionLost(False) from error
+
     def session(self, **_arguments: Any) -> NoReturn:
         """One live interpreter whose state stays between runs: not in this version. Raises Unavailable."""
         raise later("sessions come")
@@ -491,11 +512,7 @@ class Sandbox(Closing):
                 self._busy.add(sock)
                 sock.setblocking(True)
                 return sock, False
-        try:
-            sock = self._engine.connect() if self._engine is not None else open_daemon(self._path or "")
-        except OSError as error:
-            self._check_open()
-            raise ConnectionLost(False) from error
+        sock = self._connect()
         with self._lock:
             self._busy.add(sock)
         return sock, True
@@ -628,7 +645,12 @@ def _cancel(sock: socket.socket) -> None:
 
 def _asked(address: str, operation: str) -> dict[str, Any]:
     """The daemon's answer to an operation without arguments. Raises what it refused with."""
-    with Sandbox._greeted(open_daemon(parse_address(address))) as sock:
+    return _ask(open_daemon(parse_address(address)), operation)
+
+
+def _ask(connected: socket.socket, operation: str) -> dict[str, Any]:
+    """As ``_asked``, on a new connection, which is closed."""
+    with Sandbox._greeted(connected) as sock:
         protocol.send(sock, {"op": operation})
         answer = protocol.receive(sock)
     if answer is None:
@@ -647,6 +669,18 @@ def reload(address: str) -> list[str]:
     if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
         raise ProtocolError("The daemon's answer to reload is not a list.")
     return said
+
+
+def _stats(connected: socket.socket) -> dict[str, Any]:
+    found = _ask(connected, "stats").get("stats")
+    if not isinstance(found, dict):
+        raise ProtocolError("The engine's answer to stats is not an object.")
+    return found
+
+
+def stats(address: str) -> dict[str, Any]:
+    """The counters of the daemon at *address*, as ``Sandbox.stats`` gives them. Raises Unavailable, ProtocolError."""
+    return _stats(open_daemon(parse_address(address)))
 
 
 def ps(address: str) -> list[dict[str, Any]]:

@@ -131,7 +131,7 @@ class Direct:
         frame = self._frame()
         result = self._clean(frame) if frame else None
         if result is not None:
-            protocol.send(sock, {"op": "done", "lease": self.identity})
+            protocol.send(sock, {"op": "done", "lease": self.identity, "status": result.status})
             return result
         payload = [*self._raw, frame]
         sizes = dict(zip(("stdout", "stderr", "frame"), map(len, payload), strict=True))

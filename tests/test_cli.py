@@ -229,6 +229,22 @@ def test_inputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 # The command with a stand-in for the client
 
 
+COUNTED: Any = {"runs": {"error": 4, "ok": 1200}, "queued": 0, "running": 1, "parked": 2, "zygote_restarts": 3}
+STATS: Any = {
+    "uptime_seconds": 77.25,
+    **COUNTED,
+    "held_seconds": {
+        "worst": 0.0123,
+        "p99": 0.00025,
+        "iterations": 5000,
+        "above": {"0.01": 1, "0.05": 0, "0.1": 0, "1": 0},
+        "worst_bytes": 65536,
+        "worst_steps": 3,
+    },
+    "policies": {"default": COUNTED},
+}
+
+
 class Stand:
     """What the command asked of the client, and what the client answers."""
 
@@ -269,6 +285,7 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
     module.Cancel = Cancel  # type: ignore[attr-defined]
     module.Sandbox = Sandbox  # type: ignore[attr-defined]
     module.ps = lambda address: [{"id": "r\x1b1", "policy": "default", "uid": 0, "pid": 1 << 29, "age_seconds": 1.25}]  # type: ignore[attr-defined]
+    module.stats = lambda address: STATS  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sandboxd.client", module)
     monkeypatch.setattr(sandboxd, "client", module, raising=False)
     return stand
@@ -576,7 +593,7 @@ def test_failure_object_has_the_fields_of_a_result() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["stats", "mcp"])
+@pytest.mark.parametrize("name", ["mcp"])
 def test_later_commands_say_so(name: str) -> None:
     done = CliRunner().invoke(cli, [name, "--http", "x"])
     assert done.exit_code == 2
@@ -596,6 +613,27 @@ def test_ps_prints_a_table_without_escapes(stand: Stand) -> None:
     assert "r\\x1b1" in done.output
     assert "1.2 s" in done.output
     assert json.loads(CliRunner().invoke(cli, ["ps", "--json"]).output)[0]["policy"] == "default"
+
+
+def test_stats_prints_a_table_and_the_held_time(stand: Stand) -> None:
+    done = CliRunner().invoke(cli, ["stats"])
+    assert done.exit_code == 0, done.output
+    words = [line.split() for line in done.output.splitlines()]
+    assert words[0] == ["POLICY", "QUEUED", "RUNNING", "PARKED", "ZYGOTE", "RESTARTS", "RUNS"]
+    assert words[1] == ["default", "0", "1", "2", "3", "1,200", "ok,", "4", "error"]
+    assert words[2][0] == "all"
+    assert "worst 12.3 ms, p99 0.25 ms, above 50 ms 0 of 5,000 times." in done.output
+    assert json.loads(CliRunner().invoke(cli, ["stats", "--json"]).output) == STATS
+
+
+def test_stats_of_who_is_not_the_operator_has_no_held_time(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ("uptime_seconds", "runs", "queued", "running")
+    own = {key: STATS[key] for key in keys} | {"policies": {}}
+    monkeypatch.setattr(sys.modules["sandboxd.client"], "stats", lambda address: own)
+    done = CliRunner().invoke(cli, ["stats"])
+    assert done.exit_code == 0, done.output
+    assert "PARKED" not in done.output
+    assert "Held" not in done.output
 
 
 def test_run_does_not_import_what_it_does_not_need() -> None:

@@ -38,6 +38,7 @@ COMMANDS = {
     "doctor": ("sandboxd.cli.doctor", "doctor", "Show what this host can enforce, and how to mend the rest."),
     "policy": ("sandboxd.cli.policy", "policy", "List, show and check policies."),
     "ps": ("sandboxd.cli.ps", "ps", "List the live cells of a daemon."),
+    "stats": ("sandboxd.cli.stats", "stats", "Show the counters of a daemon."),
     "logs": ("sandboxd.cli.logs", "logs", "Show, follow and check the audit record."),
     "bench": ("sandboxd.cli.bench", "bench", "Measure what isolation costs on this host."),
     "install-service": ("sandboxd.cli.service", "install_service", "Install the systemd service, or remove it."),
@@ -45,7 +46,6 @@ COMMANDS = {
 
 # Promised names that have no code yet.
 LATER = {
-    "stats": "counters of a daemon",
     "mcp": "the Model Context Protocol server",
 }
 

@@ -28,6 +28,7 @@ from sandboxd.daemon.network import NetworkCheck
 from sandboxd.daemon.notify import Notifier
 from sandboxd.daemon.policies import plain_policy
 from sandboxd.daemon.reload import plan
+from sandboxd.engine import heldtime
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
@@ -333,7 +334,7 @@ def main(config_path: str | Path | None, socket_path: str | Path | None) -> int:
         await Daemon(config, read, given, notifier).serve()
 
     try:
-        asyncio.run(serve())
+        heldtime.run(serve)
     except SandboxError as error:
         log.error("%s", error)
         notifier.status(str(error))

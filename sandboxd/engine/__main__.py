@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
+from sandboxd.engine import heldtime
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
@@ -160,7 +161,7 @@ def main() -> None:
     """Entry of the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="sandboxd: %(message)s")
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        asyncio.run(_serve())
+        heldtime.run(_serve)
     # Everything is given back by now, and the caller waits for this process: the interpreter's own end takes 20 ms.
     logging.shutdown()
     os._exit(0)

@@ -363,6 +363,7 @@ class Cell:
             data = b""
         except OSError:
             data = b""
+        self._engine.held.did(len(data))
         if not data:
             self._unwatch(self.channel.fileno())
         state = self.life.state

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sandboxd import disposal, protocol
 from sandboxd.engine.leases import Leases, send_now
 from sandboxd.engine.prepared import Prepared
+from sandboxd.engine.tally import STATUSES, stats
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.limits import shown
 from sandboxd.waiting import in_thread, resolve, writable
@@ -45,6 +46,8 @@ SEND_SECONDS: Final = 30.0
 MOST_SECONDS: Final = 1e6
 LARGE_BYTES: Final = 1 << 20
 """Of a payload that is looked at, and given back, by another thread than the loop's."""
+LARGE_TEXT_BYTES: Final = 1 << 13
+"""Of a message whose contents are judged by another thread: a loop over some hundred files takes a millisecond."""
 _SHOWN_KEYS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
@@ -165,6 +168,9 @@ class Connection:
             elif operation == "ps":
                 visible = self._may_see
                 await self._send({"op": "ps", "runs": self._engine.list_runs(visible)})
+            elif operation == "stats":
+                uid = None if self._sees_all else self._client.get("uid")
+                await self._send({"op": "stats", "stats": stats(self._engine, uid)})
             elif operation == "logs":
                 await self._logs(packet.message)
             elif operation == "reload" and self._reload is not None:
@@ -242,7 +248,7 @@ class Connection:
         """
         header: dict[str, Any] = packet.message["run"]
         packet.message = {}
-        if packet.payload_bytes <= LARGE_BYTES:
+        if packet.payload_bytes <= LARGE_BYTES and packet.text_bytes <= LARGE_TEXT_BYTES:
             with self._share.counted():
                 return parse_header(header, packet.take_bytes())
         begun = time.monotonic()
@@ -304,7 +310,10 @@ class Connection:
         message = packet.message
         identity = message.get("lease")
         if operation == "done":
-            leases.done(identity)
+            status = message.get("status")
+            if not (isinstance(status, str) and status in STATUSES):
+                raise ProtocolError("A run that is done says how it ended.")
+            leases.done(identity, status)
         else:
             ago = message.get("seconds")
             if type(ago) is not float or not 0 <= ago < MOST_SECONDS:
@@ -327,6 +336,7 @@ class Connection:
         try:
             header, texts, files = await run.take_back(out, err, frame)
             self._running = False
+            self._engine.tally.count(self._client.get("uid"), run.policy, header["status"])
             try:
                 await self._send_result(header, texts, files)
             finally:
@@ -488,7 +498,9 @@ class Connection:
             if not self._sees_all and disposal.pending(owner) > disposal.PENDING_MAX:
                 raise ProtocolError("Descriptors that came with earlier packets cannot be closed.")
             with self._share.counted(), contextlib.suppress(BlockingIOError):
-                return protocol.receive(self._sock, inline=inline, bounds=self._bounds, owner=owner)
+                packet = protocol.receive(self._sock, inline=inline, bounds=self._bounds, owner=owner)
+                self._engine.held.did(packet.text_bytes if packet is not None else 0)
+                return packet
             self._wake = self._loop.create_future()
             self._look()
             try:

@@ -19,7 +19,7 @@ from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import cgroup, ids, native
-from sandboxd.engine import selftest
+from sandboxd.engine import heldtime, selftest
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.dying import Dying
 from sandboxd.engine.plan import Bare
@@ -27,10 +27,12 @@ from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_r
 from sandboxd.engine.run import CellRun, Emit, LendTools
 from sandboxd.engine.share import Share
 from sandboxd.engine.slots import Slots
+from sandboxd.engine.tally import Tally
 from sandboxd.engine.trail import trail
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 from sandboxd.interpreter import Interpreter
 from sandboxd.limits import LimitValue, defaults, narrow
+from sandboxd.waiting import in_thread
 from sandboxd.wire import Run, check_inputs_fit
 from sandboxd.zygote import ZygoteLost
 
@@ -57,6 +59,8 @@ PROVE_SECONDS: Final = 60.0
 """A first cell that has not run its self-test by then never will."""
 OUTLIVE_SECONDS: Final = 0.05
 """How often a zygote that was replaced is looked at."""
+FEW_FILES: Final = 64
+"""More are counted by another thread than the loop's."""
 SPARE_SLOTS: Final = 64
 """Slots beyond max_running: a run that is dying slowly keeps its own."""
 
@@ -99,6 +103,8 @@ class Engine:
         self.served = 0
         """Runs that came to an end of their own or by a limit: a sign of life of everything that a run needs."""
         self.bodies = Bodies(self)
+        self.tally = Tally()
+        self.held = heldtime.of(asyncio.get_running_loop())
         self.trail = trail(config.audit)
         self.reading = asyncio.Lock()
         """Of who reads the audit record."""
@@ -192,6 +198,7 @@ class Engine:
         lost = self._prepared.pop(key, None)
         if lost is not None:
             log.error("the zygote of policy %s was lost: %s", lost.name, lost.zygote.last_words())
+            self.tally.restarts[lost.name] += 1
             await lost.close()
         guess, self._guess = self._guess, None
         if guess is not None and essence(plain) != essence(LIKELY):
@@ -408,7 +415,11 @@ class Engine:
         if self._draining:
             raise Busy(DRAINING_SECONDS)
         limits: dict[str, LimitValue] = narrow(prepared.limits, request.limits)
-        check_inputs_fit([(path, len(content)) for path, content in request.files], limits)
+        sizes = [(path, len(content)) for path, content in request.files]
+        if len(sizes) <= FEW_FILES:
+            check_inputs_fit(sizes, limits)
+        else:
+            await in_thread(check_inputs_fit, sizes, limits)
         identity = secrets.token_hex(8)
         run = CellRun(self, prepared, request, limits, identity, emit, lend_tools, share)
         queued = time.monotonic()
@@ -423,12 +434,14 @@ class Engine:
                     self._leave()
                     raise Busy(RESTART_SECONDS)
             except Busy:
+                self.tally.count(owner.get("uid"), prepared.name, "busy")
                 await self.trail.busy(identity, prepared, request, owner)
                 raise
             try:
                 async with self.trail.run(identity, prepared, request, limits, owner) as tell:
                     answer = await run.execute(time.monotonic() - queued)
                     self.served += answer[0]["status"] != "internal"
+                    self.tally.count(owner.get("uid"), prepared.name, answer[0]["status"])
                     tell(answer)
             finally:
                 self._leave()
@@ -529,6 +542,10 @@ class Engine:
                 turn.set_result(None)
                 return
         self._running -= 1
+
+    def parked(self) -> list[tuple[str, int]]:
+        """Cells that wait for a program, by policy; those that are lent included."""
+        return [(one.name, one.pool.waiting) for one in self._prepared.values()]
 
     def list_runs(self, visible: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
         """Facts of the live runs whose owner *visible* accepts."""

@@ -214,11 +214,12 @@ class Leases:
         self._engine.live[run.id] = run
         self._engine.owners[run.id] = self._client
 
-    def done(self, identity: object) -> None:
+    def done(self, identity: object, status: str) -> None:
         """It ended cleanly, and the caller has its answer."""
         lease, run = self.lease, self.run
         if lease is None or lease.identity != identity:
             return
+        self._engine.tally.count(self._client.get("uid"), lease.cell.prepared.name, status)
         if run is not None:
             self.finish(run)
             return

@@ -364,6 +364,11 @@ class Pool:
 
     # The end
 
+    @property
+    def waiting(self) -> int:
+        """Cells that are ready for a program: parked, or lent and not used yet."""
+        return len(self._parked) + self._lent_idle()
+
     def counts(self) -> dict[str, int]:
         """For operators and measurements: cells that are parked, being made, and alive in all."""
         return {"parked": len(self._parked), "making": len(self._making), "living": self.living}

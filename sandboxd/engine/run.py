@@ -360,7 +360,8 @@ class CellRun:
         assert cell.fds is not None  # noqa: S101
         if self._emit is not None:
             for number, fd in ((1, cell.fds.stdout), (2, cell.fds.stderr)):
-                self._streams.append(OutputStream(number, fd, self._outputs[number - 1], self._emit, self._grown))
+                output, did = self._outputs[number - 1], self._engine.held.did
+                self._streams.append(OutputStream(number, fd, output, self._emit, self._grown, did))
         cell.leaf.oom_clear()
         self._start_clocks()
         cell.go(not self._streams)
@@ -567,6 +568,7 @@ class CellRun:
             if not data:
                 return None
             found += len(data)
+            self._engine.held.did(len(data))
             self._outputs[number - 1].add(data)
             if self._grown():
                 return None  # a kill takes its time; the rest is read when it is dead

@@ -36,9 +36,18 @@ class OutputStream:
     """Stream *number* (1 or 2) on the non-blocking pipe end *fd*, which stays the owner's to close."""
 
     def __init__(
-        self, number: int, fd: int, collector: Collector, emit: Emit | None, grown: Callable[[], bool]
+        self,
+        number: int,
+        fd: int,
+        collector: Collector,
+        emit: Emit | None,
+        grown: Callable[[], bool],
+        did: Callable[[int], object] = lambda _: None,
     ) -> None:
-        """*grown* is called after each read; when it says that this was too much, the rest waits for ``finish``."""
+        """*grown* is called after each read; when it says that this was too much, the rest waits for ``finish``.
+        *did* is told the size of each piece.
+        """
+        self._did = did
         self._number = number
         self._fd = fd
         self._collector = collector
@@ -90,6 +99,7 @@ class OutputStream:
                     continue
                 if not data:
                     return
+                self._did(len(data))
                 self._collector.add(data)
                 too_much = self._grown()
                 if self._emit is not None:

@@ -1,0 +1,58 @@
+"""Nobody holds up an engine: what its loop did while a test ran, by the engine's own account (``Sandbox.stats``)."""
+
+from __future__ import annotations
+
+import contextlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from tests.patience import SLOWER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd import Sandbox
+
+HELD_SECONDS: Final = 0.05
+"""No iteration may be longer."""
+ITERATION_BYTES: Final = 8 << 20
+"""What one iteration may read, where an emulated processor makes its time say nothing: READS pieces of 64 KiB of both
+streams of a few programs.
+"""
+ITERATION_STEPS: Final = 512
+
+
+@contextmanager
+def prompt(sandbox: Sandbox) -> Iterator[None]:
+    """The block keeps no iteration of the loop of *sandbox*'s engine busy. The caller must be its operator."""
+    before = sandbox.stats()
+    waited = _waited_by_others(before["pid"])
+    yield
+    after = sandbox.stats()["held_seconds"]
+    assert after["worst_bytes"] <= ITERATION_BYTES, after
+    assert after["worst_steps"] <= ITERATION_STEPS, after
+    key = f"{HELD_SECONDS:g}"
+    if SLOWER > 1 or after["above"][key] == before["held_seconds"]["above"][key]:
+        return
+    # A thread that has the interpreter's lock and no processor keeps the loop waiting, too: that is the host's load.
+    allowed = HELD_SECONDS + _waited_by_others(before["pid"]) - waited
+    assert after["worst"] <= max(allowed, before["held_seconds"]["worst"]), _told(
+        before["held_seconds"], after, allowed
+    )
+
+
+def _told(before: dict[str, Any], after: dict[str, Any], allowed: float) -> str:
+    return f"the loop was held for more than {allowed:.3f} s; before: {before}, after: {after}"
+
+
+def _waited_by_others(pid: int) -> float:
+    """Seconds for which the threads of *pid* but the first, which has the loop, waited for a processor. Source:
+    /proc/PID/task/TID/schedstat.
+    """
+    found = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        if task.name != str(pid):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                found += int((task / "schedstat").read_text("ascii").split()[1])
+    return found / 1e9
