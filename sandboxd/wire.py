@@ -231,8 +231,13 @@ def _count_directories(paths: Iterable[str]) -> int:
     """
     count = 0
     previous: list[str] = []
+    last = ""
     for path in _in_tree_order(paths):
-        parts = path.split("/")[:-1]
+        above = path.rpartition("/")[0]
+        if above == last:
+            continue
+        last = above
+        parts = above.split("/") if above else []
         shared = 0
         while shared < min(len(parts), len(previous)) and parts[shared] == previous[shared]:
             shared += 1
