@@ -332,10 +332,11 @@ class Sandbox(Closing):
     def stats(self) -> dict[str, Any]:
         """The engine's counters since it began.
 
-        ``runs`` (number by status), ``queued``, ``running``, ``parked`` (cells that wait for a program),
-        ``zygote_restarts``, each also by policy in ``policies``; ``uptime_seconds``; ``pid``; ``held_seconds``, how long one
-        iteration of the engine's loop kept all others waiting: ``worst``, ``p99``, the number of ``iterations`` and of
-        those ``above`` 0.01, 0.05, 0.1 and 1 s; ``worst_bytes`` and ``worst_steps`` are the most that one has read.
+        ``runs`` (number by status), ``queued``, ``running``, ``parked`` (cells that wait for a program) and
+        ``zygote_restarts``, each also by policy in ``policies``; ``uptime_seconds``; ``pid``; and ``held_seconds``, how
+        long one iteration of the engine's loop kept all others waiting: ``worst``, ``p99``, the number of
+        ``iterations`` and of those ``above`` 0.01, 0.05, 0.1 and 1 s; ``worst_bytes`` and ``worst_steps`` are the most
+        that one has read.
 
         Of a daemon its operator sees everything, and anybody else the counters of their own runs. Raises
         ConnectionLost, Unavailable.
