@@ -335,8 +335,8 @@ class Sandbox(Closing):
         ``runs`` (number by status), ``queued``, ``running``, ``parked`` (cells that wait for a program) and
         ``zygote_restarts``, each also by policy in ``policies``; ``uptime_seconds``; ``pid``; and ``held_seconds``, how
         long one iteration of the engine's loop kept all others waiting: ``worst``, ``p99``, the number of
-        ``iterations`` and of those ``above`` 0.01, 0.05, 0.1 and 1 s; ``worst_bytes`` and ``worst_steps`` are the most
-        that one has read.
+        ``iterations`` and of those ``above`` 0.01, 0.05, 0.1 and 1 s; ``slow``, the last ones above 0.05 s, each as
+        seconds ago and seconds held; ``worst_bytes`` and ``worst_steps``, the most that one has read.
 
         Of a daemon its operator sees everything, and anybody else the counters of their own runs. Raises
         ConnectionLost, Unavailable.

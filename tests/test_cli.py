@@ -238,6 +238,7 @@ STATS: Any = {
         "p99": 0.00025,
         "iterations": 5000,
         "above": {"0.01": 1, "0.05": 0, "0.1": 0, "1": 0},
+        "slow": [],
         "worst_bytes": 65536,
         "worst_steps": 3,
     },

@@ -15,6 +15,7 @@ import os
 import selectors
 import sys
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ __all__ = ["ABOVE_SECONDS", "HeldTime", "of", "run"]
 
 ABOVE_SECONDS: Final = (0.01, 0.05, 0.1, 1.0)
 """For each of these it is counted how many iterations held the loop for longer."""
+SLOW_SECONDS: Final = 0.05
+"""An iteration that was held for longer is remembered with its time."""
+_SLOW: Final = 16
 _LOOK_SECONDS: Final = 0.001
 """An iteration that is shorter by the wall clock is taken as it is: reading schedstat costs some µs."""
 _STALE_SECONDS: Final = 0.005
@@ -41,6 +45,8 @@ class HeldTime:
         self.iterations = 0
         self.worst_seconds = 0.0
         self.worst_bytes = self.worst_steps = 0
+        self.slow: deque[tuple[float, float]] = deque(maxlen=_SLOW)
+        """The last iterations above SLOW_SECONDS: when they ended, by time.monotonic(), and for how long they held."""
         self._bytes = self._steps = 0
         self._above = [0] * len(ABOVE_SECONDS)
         self._counts = [0] * _BUCKETS
@@ -80,6 +86,8 @@ class HeldTime:
         if held > ABOVE_SECONDS[0]:
             for index, bound in enumerate(ABOVE_SECONDS):
                 self._above[index] += held > bound
+            if held > SLOW_SECONDS:
+                self.slow.append((now, held))
         if self._steps:
             self.worst_bytes = max(self.worst_bytes, self._bytes)
             self.worst_steps = max(self.worst_steps, self._steps)
@@ -101,6 +109,7 @@ class HeldTime:
             "p99": round(self.p99_seconds(), 6),
             "iterations": self.iterations,
             "above": {f"{bound:g}": count for bound, count in zip(ABOVE_SECONDS, self._above, strict=True)},
+            "slow": [[round(time.monotonic() - ended, 3), round(held, 6)] for ended, held in self.slow],
             "worst_bytes": self.worst_bytes,
             "worst_steps": self.worst_steps,
         }
