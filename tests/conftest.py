@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from sandboxd import Sandbox
+from tests import promptness
 from tests.modes import ROOT, policy_of
 from tests.turns import turn
 
@@ -46,6 +47,13 @@ def sandbox() -> Iterator[Sandbox]:
     address = os.environ.get("SANDBOXD_TEST_ADDRESS")
     with Sandbox.connect(address) if address else Sandbox(policy_of()) as made:
         yield made
+
+
+@pytest.fixture
+def prompt(sandbox: Sandbox) -> Iterator[None]:
+    """The test, whatever it has programs do, keeps the loop of *sandbox*'s engine from nobody."""
+    with promptness.prompt(sandbox):
+        yield
 
 
 def pytest_configure(config: pytest.Config) -> None:

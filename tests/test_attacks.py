@@ -25,6 +25,8 @@ from tests.modes import HAS_CGROUP, ONE_ID, policy_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.usefixtures("prompt")
+
 PROVED = [row for row in ATTACKS if row.alone]
 ROWS = [pytest.param(row, id=row.id, marks=() if row.id in SAMPLE else pytest.mark.exhaustive) for row in ATTACKS]
 CANARY_NAME = "SANDBOXD_TEST_CANARY"

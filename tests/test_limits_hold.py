@@ -16,6 +16,8 @@ from tests.patience import SLOWER
 if TYPE_CHECKING:
     from sandboxd.result import LimitHit
 
+pytestmark = pytest.mark.usefixtures("prompt")
+
 LEEWAY_SECONDS = 2.0
 """What ends at a limit is over this much later at the latest, as the caller's clock sees it."""
 

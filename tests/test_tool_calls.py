@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from sandboxd import Result
 
+pytestmark = pytest.mark.usefixtures("prompt")
+
 MODULE = '''
 def echo(value: "Any" = _Default("None"), twice: "bool" = _Default("False")) -> "Any":
     """Gives back what it gets.

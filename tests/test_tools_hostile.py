@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("prompt")
+
 CANARY = "sk-canary-4711-do-not-show"
 
 reached: list[tuple[str, Any]] = []

@@ -29,6 +29,7 @@ from sandboxd.daemon.notify import Notifier
 from sandboxd.daemon.policies import plain_policy
 from sandboxd.daemon.reload import plan
 from sandboxd.engine import heldtime
+from sandboxd.engine.collecting import collect_when_idle
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
@@ -121,6 +122,7 @@ class Daemon:
                     listener.listen(BACKLOG)
                 listener.setblocking(False)
                 self._loop.add_reader(listener.fileno(), self._accept, listener)
+                collect_when_idle(lambda: not self._engine.live)
                 log.info("ready on %s", listener.getsockname())
                 self._notifier.ready(self._status())
                 self._begin()

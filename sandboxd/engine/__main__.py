@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import socket
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import protocol
 from sandboxd.engine import heldtime
+from sandboxd.engine.collecting import collect_when_idle
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
@@ -67,8 +67,7 @@ class Embedded:
                 with contextlib.suppress(OSError):
                     protocol.send(self._control, {"op": "refused", "error": refusal.plain()})
                 return
-            gc.collect()
-            gc.freeze()  # what the imports made stays for good: no collection need look at it again
+            collect_when_idle(lambda: self._engine is None or not self._engine.live)
             protocol.send(self._control, {"op": "ready", "version": protocol.VERSION})
             self._control.setblocking(False)
             self._loop.add_reader(self._control.fileno(), self._take)

@@ -25,7 +25,7 @@ from sandboxd.engine.dying import Dying
 from sandboxd.engine.plan import Bare
 from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit, LendTools
-from sandboxd.engine.share import Share
+from sandboxd.engine.share import Floor, Share
 from sandboxd.engine.slots import Slots
 from sandboxd.engine.tally import Tally
 from sandboxd.engine.trail import trail
@@ -94,6 +94,7 @@ class Engine:
         self._retired: dict[asyncio.Task[None], str] = {}
         """What replaces a zygote, or waits for the end of the last run of one that was, with its policy's key."""
         self._held: Counter[object] = Counter()
+        self._floor = Floor()
         self._shares: weakref.WeakValueDictionary[object, Share] = weakref.WeakValueDictionary()
         # By the uid that asked, in the order in which the uids are served.
         self._waiting: dict[object, deque[asyncio.Future[None]]] = {}
@@ -462,10 +463,10 @@ class Engine:
     def share(self, who: object) -> Share:
         """*who*'s share of this thread, the same for all its connections; None is not bounded."""
         if who is None:
-            return Share(free=True)
+            return Share(True, self._floor)
         found = self._shares.get(who)
         if found is None:
-            found = self._shares[who] = Share(free=False)
+            found = self._shares[who] = Share(False, self._floor)
         return found
 
     @contextlib.contextmanager

@@ -55,6 +55,8 @@ READ_BYTES: Final = 1 << 16
 READS: Final = 16
 INLINE_CHARACTERS: Final = 24 << 10
 """A source up to this length travels with the arguments, too: the cell need not read the file."""
+MALFORMED: Final = 16
+"""Frames of a dead cell that are looked at in vain before its finished one is not sought any more."""
 OOM_PAUSES: Final = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064)
 """Seconds between the looks for a kill that is counted after it was announced."""
 LOOP_CHARACTERS: Final = 1 << 18
@@ -106,6 +108,7 @@ class CellRun:
         self._has_tools = False
         self._meter: Meter | None = None
         self._deaf = False
+        self._malformed = 0
         self._looks: int | None = None
 
     # From the outside
@@ -435,6 +438,7 @@ class CellRun:
         except ProtocolError as error:
             # Not ours: the program wrote it. Its own end is still to come.
             log.info("run %s: a frame that is none: %s", self.id, error)
+            self._malformed += 1
             self._be_deaf()
             return
         self._be_deaf()  # nothing after it counts
@@ -634,9 +638,9 @@ class CellRun:
         await cell.death()
         # The program's own end may have crossed with a kill of ours; a limit that fired outranks it all the same.
         for data in cell.last_packets():
-            if self._finished is not None or self._deaf:
-                break
             self.spoke(data)
+            if self._finished is not None or self._malformed >= MALFORMED:
+                break
         if self._streams:
             for stream in self._streams:
                 await stream.finish()

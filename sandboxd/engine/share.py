@@ -13,10 +13,26 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Share"]
+__all__ = ["Floor", "Share"]
 
 _SMALL_SECONDS: Final = 0.001
 """The loop's clock has no finer step; less than this is added up until it is more."""
+
+
+class Floor:
+    """All uids': in one iteration of the loop one of them has something large looked at, whatever their number."""
+
+    def __init__(self) -> None:
+        self.taken = False
+
+    def take(self) -> None:
+        """Until the next iteration."""
+        if not self.taken:
+            self.taken = True
+            asyncio.get_running_loop().call_soon(self._leave)
+
+    def _leave(self) -> None:
+        self.taken = False
 
 
 class Share:
@@ -24,8 +40,9 @@ class Share:
     *free* one, of an operator, only lets the others in between.
     """
 
-    def __init__(self, free: bool) -> None:
+    def __init__(self, free: bool, floor: Floor | None = None) -> None:
         self._free = free
+        self._floor = floor or Floor()
         self._lock = asyncio.Lock()
         self._until = self._spent = 0.0
 
@@ -35,10 +52,12 @@ class Share:
             if self._spent > _SMALL_SECONDS:  # not each time: going round costs as much as a small request
                 self._spent = 0.0
                 await asyncio.sleep(0)
-            return
-        async with self._lock:
-            wait = self._until - time.monotonic()
-            await asyncio.sleep(wait if wait > _SMALL_SECONDS else 0)
+        else:
+            async with self._lock:
+                wait = self._until - time.monotonic()
+                await asyncio.sleep(wait if wait > _SMALL_SECONDS else 0)
+        while self._floor.taken:
+            await asyncio.sleep(0)
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[None]:
@@ -53,6 +72,8 @@ class Share:
         """As ``counted``, of work that *begun* at that time.monotonic(). Seconds until more may be taken, 0 for now."""
         now = time.monotonic()
         self._spent += now - begun
+        if now - begun > _SMALL_SECONDS:
+            self._floor.take()
         if self._free:
             return 0.0
         self._until = max(self._until, begun) + (now - begun) * 2
