@@ -1,13 +1,17 @@
 """Facts about this host that no wall depends on, but that a careful operator wants to know: each with what it means.
 
 Everything is read from files below one root directory, so that tests can hand in another; memory and CPUs come from
-psutil. A fact is "ok", deserves "attention", or is "unknown" where this kernel does not say.
+psutil, and the kernel's audit is asked by netlink. A fact is "ok", deserves "attention", or is "unknown" where this
+kernel does not say.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
+import socket
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +20,24 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["OLDEST_KERNEL", "OLDEST_PYTHON", "Fact", "cgroup_mode", "facts", "kernel_version", "platform_problems"]
+__all__ = [
+    "OLDEST_KERNEL",
+    "OLDEST_PYTHON",
+    "Fact",
+    "audit_enabled",
+    "cgroup_mode",
+    "facts",
+    "kernel_version",
+    "platform_problems",
+]
 
 OLDEST_KERNEL = (6, 1)
 OLDEST_PYTHON = (3, 11)
+
+NETLINK_AUDIT = 9
+_AUDIT_GET, _NLMSG_ERROR, _NLM_F_REQUEST = 1000, 2, 1
+_AUDIT_SECONDS = 2
+_HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 
 State = Literal["ok", "attention", "unknown"]
 
@@ -205,7 +223,7 @@ def cgroup_mode(mountinfo: str) -> str:
 
 def facts(root: Path = Path("/")) -> list[Fact]:
     """All facts of this host. The kernel's files are looked up below *root*."""
-    return [*_identity(root), *_switches(root), *_mitigations(root), *_resources()]
+    return [*_identity(root), *_switches(root), _audit(), *_mitigations(root), *_resources()]
 
 
 def _identity(root: Path) -> Iterator[Fact]:
@@ -253,6 +271,47 @@ def _switches(root: Path) -> Iterator[Fact]:
             continue
         good = switch.good(value)
         yield Fact(switch.name, value, "ok" if good else "attention", switch.meaning, "" if good else switch.fix)
+
+
+def audit_enabled() -> bool:
+    """Whether the kernel's audit is on: AUDIT_GET of NETLINK_AUDIT, as ``auditctl -s`` asks it.
+
+    Raises OSError: EPROTONOSUPPORT where the kernel has no audit, EPERM or ECONNREFUSED when we may not ask, which
+    takes CAP_AUDIT_CONTROL and the first user and pid namespaces.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_AUDIT) as asking:
+        asking.settimeout(_AUDIT_SECONDS)
+        asking.sendto(_HEADER.pack(_HEADER.size, _AUDIT_GET, _NLM_F_REQUEST, 1, 0), (0, 0))
+        answer = asking.recv(1 << 12)
+    _, kind, _, _, _ = _HEADER.unpack_from(answer)
+    first, second = struct.unpack_from("=iI", answer, _HEADER.size)
+    if kind == _NLMSG_ERROR:
+        raise OSError(-first, f"AUDIT_GET: {os.strerror(-first)}")
+    return bool(second)  # struct audit_status: mask, enabled
+
+
+def _audit() -> Fact:
+    """Landlock is told to keep a cell's denials to itself (native/landlock.c). The filter's kills cannot be: without
+    audit the kernel logs them all the same, though at a bounded rate (audit_seccomp in kernel/auditsc.c).
+    """
+    try:
+        enabled = audit_enabled()
+    except OSError as error:
+        if error.errno == errno.EPROTONOSUPPORT:
+            return Fact("audit", "not there", "ok", "this kernel has no audit, or it was switched off at boot")
+        return Fact("audit", "not known", "unknown", "only root outside of containers can ask the kernel")
+    if not enabled:
+        return Fact(
+            "audit", "off", "ok", "a program that the filter kills leaves a line in the kernel's log, at a bounded rate"
+        )
+    return Fact(
+        "audit",
+        "on",
+        "attention",
+        "every process of a cell that the filter kills (SECCOMP) or that crashes (ANOM_ABEND) is a record: a program"
+        " can fill the log with them",
+        "auditctl -a never,exclude -F msgtype=SECCOMP, and the same with ANOM_ABEND, unless you need these records",
+    )
 
 
 def _mitigations(root: Path) -> Iterator[Fact]:

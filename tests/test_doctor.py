@@ -281,6 +281,37 @@ def test_processor_flaws_are_judged(tmp_path: Path) -> None:
     assert state() == "attention"
 
 
+@pytest.mark.parametrize(
+    ("answer", "value", "state"),
+    [
+        (False, "off", "ok"),
+        (True, "on", "attention"),
+        (OSError(errno.EPERM, "AUDIT_GET"), "not known", "unknown"),
+        (OSError(errno.ECONNREFUSED, "AUDIT_GET"), "not known", "unknown"),
+        (OSError(errno.EPROTONOSUPPORT, "socket"), "not there", "ok"),
+    ],
+)
+def test_audit_is_judged(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: bool | OSError, value: str, state: str
+) -> None:
+    def audit_enabled() -> bool:
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(host, "audit_enabled", audit_enabled)
+    (fact,) = (one for one in host.facts(tmp_path) if one.name == "audit")
+    assert (fact.value, fact.state, bool(fact.fix)) == (value, state, state == "attention")
+
+
+def test_audit_is_asked_of_the_kernel() -> None:
+    try:
+        answer = "on" if host.audit_enabled() else "off"
+    except OSError as error:
+        answer = errno.errorcode[error.errno or 0]
+    assert answer in ("on", "off", "EPERM", "ECONNREFUSED", "EPROTONOSUPPORT")
+
+
 def test_facts_of_an_empty_host_are_unknown_not_errors(tmp_path: Path) -> None:
     assert {fact.state for fact in host.facts(tmp_path)} <= {"ok", "attention", "unknown"}
 
