@@ -20,6 +20,13 @@ enum {
     FS_TRUNCATE = 1 << 14,  /* ABI 3, 6.2 */
     FS_IOCTL_DEV = 1 << 15, /* ABI 5, 6.10 */
 };
+/* Flags of landlock_restrict_self(2), ABI 7, 6.15. By default, and where the host's audit is on, every denial is a record
+ * until the program calls execve(2), which a cell need not do: one loop floods the host's log. The first flag keeps this
+ * domain's denials out; the second those of domains that a program makes on top of it, whatever flags it gives. */
+enum {
+    LOG_SAME_EXEC_OFF = 1 << 0,
+    LOG_SUBDOMAINS_OFF = 1 << 2,
+};
 #define FS_READ (FS_EXECUTE | FS_READ_FILE | FS_READ_DIR)
 #define FS_ABI1 0x1fff
 #define FS_DEVICES (FS_MAKE_CHAR | FS_MAKE_BLOCK | FS_IOCTL_DEV)
@@ -98,7 +105,7 @@ sbx_landlock_seal(int abi)
         sbx_close(rule.parent_fd);
     }
     if (r >= 0)
-        r = sbx_call(SBX_NR_landlock_restrict_self, ruleset, 0);
+        r = sbx_call(SBX_NR_landlock_restrict_self, ruleset, abi >= 7 ? LOG_SAME_EXEC_OFF | LOG_SUBDOMAINS_OFF : 0);
     sbx_close(ruleset);
     return (int)r;
 }

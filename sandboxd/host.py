@@ -309,7 +309,7 @@ def _audit() -> Fact:
         "on",
         "attention",
         "every process of a cell that the filter kills (SECCOMP) or that crashes (ANOM_ABEND) is a record: a program"
-        " can fill the log with them",
+        " can fill the log with them; what Landlock refuses is not recorded",
         "auditctl -a never,exclude -F msgtype=SECCOMP, and the same with ANOM_ABEND, unless you need these records",
     )
 

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 MAY_LACK: Final = re.compile(
     r"this kernel answers|in this kernel|is filtered before Linux|no python3\.\d+ here|node is not installed"
     r"|controllers are on v2 here|no v1 hierarchies|cgroup v2 mount|v2 mount beside|controller on v2"
-    r"|hard links are refused" + ("" if os.environ.get("SANDBOXD_VM") else "|needs systemd and pure cgroup v2")
+    r"|hard links are refused"
+    + (
+        ""
+        if os.environ.get("SANDBOXD_VM")
+        else "|needs systemd and pure cgroup v2|needs Landlock's ABI|needs a host whose audit is on"
+    )
 )
 collect_ignore = ["rootless"] if ROOT else []  # as root, test_rootless.py has them run as somebody else
 SOFT_LIMITS: Final = {

@@ -67,6 +67,7 @@ class Seen:
     role: Role
     name: str
     nth: int
+    arguments: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass
@@ -158,17 +159,17 @@ class Interposed:
             self._counts = {}
             self._fault = fault
 
-    def _decide(self, pid: int, number: int, first: int) -> tuple[Kind | None, int]:
+    def _decide(self, pid: int, number: int, arguments: tuple[int, ...]) -> tuple[Kind | None, int]:
         role = self._role(pid)
         if role is None:
             return None, 0
         name = self._names[number]
         if name == "prctl":
-            name = f"prctl:{PRCTL.get(first, first)}"
+            name = f"prctl:{PRCTL.get(arguments[0], arguments[0])}"
         with self._lock:
             nth = self._counts[role, name] = self._counts.get((role, name), 0) + 1
             if self._seen is not None:
-                self._seen.append(Seen(role, name, nth))
+                self._seen.append(Seen(role, name, nth, arguments))
             fault = self._fault
             if fault is None or (fault.role, fault.name) != (role, name):
                 return None, 0
@@ -206,8 +207,8 @@ class Interposed:
                 if error.errno in (errno.ENOENT, errno.EINTR):
                     continue  # the caller died meanwhile
                 raise
-            identity, pid, _, number, _, _, first, *_ = _NOTIFICATION.unpack(buffer)
-            kind, error_number = self._decide(pid, number, first)
+            identity, pid, _, number, _, _, *arguments = _NOTIFICATION.unpack(buffer)
+            kind, error_number = self._decide(pid, number, tuple(arguments))
             if kind == "kill":
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(_thread_group(pid) or pid, signal.SIGKILL)
