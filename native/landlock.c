@@ -19,6 +19,8 @@ enum {
     FS_REFER = 1 << 13,     /* ABI 2, 5.19 */
     FS_TRUNCATE = 1 << 14,  /* ABI 3, 6.2 */
     FS_IOCTL_DEV = 1 << 15, /* ABI 5, 6.10 */
+    /* ABI 9, 7.1: connect(2), and sendmsg(2) with an address, to a pathname socket that was made outside the domain. */
+    FS_RESOLVE_UNIX = 1 << 16,
 };
 /* Flags of landlock_restrict_self(2), ABI 7, 6.15. By default, and where the host's audit is on, every denial is a record
  * until the program calls execve(2), which a cell need not do: one loop floods the host's log. The first flag keeps this
@@ -29,6 +31,7 @@ enum {
 };
 #define FS_READ (FS_EXECUTE | FS_READ_FILE | FS_READ_DIR)
 #define FS_ABI1 0x1fff
+#define FS_OWN (FS_ABI1 | FS_REFER | FS_TRUNCATE | FS_RESOLVE_UNIX)
 #define FS_DEVICES (FS_MAKE_CHAR | FS_MAKE_BLOCK | FS_IOCTL_DEV)
 
 struct ruleset_attr {
@@ -47,9 +50,9 @@ static const struct {
     uint32_t access;
 } rules[] = {
     {"/", FS_READ},
-    {"/workspace", FS_ABI1 | FS_REFER | FS_TRUNCATE},
-    {"/tmp", FS_ABI1 | FS_REFER | FS_TRUNCATE},
-    {"/dev/shm", FS_ABI1 | FS_REFER | FS_TRUNCATE},
+    {"/workspace", FS_OWN},
+    {"/tmp", FS_OWN},
+    {"/dev/shm", FS_OWN},
     {"/dev/null", FS_READ_FILE | FS_WRITE_FILE | FS_TRUNCATE},
     {"/dev/zero", FS_READ_FILE | FS_WRITE_FILE | FS_TRUNCATE},
     {"/dev/full", FS_READ_FILE | FS_WRITE_FILE | FS_TRUNCATE},
@@ -64,7 +67,7 @@ sbx_landlock_abi(void)
     return (int)sbx_call(SBX_NR_landlock_create_ruleset, 0, 0, 1 /* LANDLOCK_CREATE_RULESET_VERSION */);
 }
 
-/* Restrict this thread. All rights that *abi* knows are handled, so what is not granted below is refused. */
+/* Restrict this thread. Every right above that *abi* knows is handled, so what is not granted below is refused. */
 int
 sbx_landlock_seal(int abi)
 {
@@ -89,6 +92,8 @@ sbx_landlock_seal(int abi)
         attr.scoped = 3;
         size = sizeof(attr);
     }
+    if (abi >= 9)
+        attr.fs |= FS_RESOLVE_UNIX;
     ruleset = (int)sbx_call(SBX_NR_landlock_create_ruleset, &attr, size, 0);
     if (ruleset < 0)
         return ruleset;

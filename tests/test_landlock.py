@@ -1,34 +1,37 @@
-"""What Landlock can do since some version of its ABI: leave the host's audit alone (7)."""
+"""What Landlock can do since some version of its ABI: leave the host's audit alone (7), cover pathname sockets (9)."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import pytest
 
-from sandboxd import host
+from sandboxd import Sandbox, host
 from sandboxd.native import landlock_abi
 from sandboxd.syscalls import NUMBERS
 from tests import leftovers
+from tests.attacks.base import attempt
 from tests.interpose import Interposed
 from tests.modes import ROOT
 from tests.patience import SLOWER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
-
-    from sandboxd import Sandbox
 
 LOG_SAME_EXEC_OFF, LOG_SUBDOMAINS_OFF = 1 << 0, 1 << 2
 SECCOMP, ANOM_ABEND, LANDLOCK_ACCESS, LANDLOCK_DOMAIN = 1326, 1701, 1423, 1424
 READLOG = 1  # AUDIT_NLGRP_READLOG
+WRITABLE = ("/workspace", "/tmp", "/dev/shm")
 
 needs_log_flags = pytest.mark.skipif(landlock_abi() < 7, reason="needs Landlock's ABI 7, Linux 6.15")
 
@@ -176,3 +179,56 @@ def test_kills_by_the_filter_and_crashes_are_records_of_the_audit(
     assert {SECCOMP, ANOM_ABEND} <= {one.kind for one in listener.until_denied(last)}
     (fact,) = (one for one in host.facts() if one.name == "audit")
     assert (fact.value, fact.state) == ("on", "attention")
+
+
+# Pathname sockets
+
+
+@contextlib.contextmanager
+def open_to_everybody() -> Iterator[Path]:
+    """A directory of the environment that cells see, with a stream and a datagram socket of mode 0777."""
+    place = Path(tempfile.mkdtemp(prefix=".sandboxd-sockets-", dir=os.path.realpath(sys.prefix)))
+    try:
+        place.chmod(0o755)
+        with socket.socket(socket.AF_UNIX) as stream, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
+            for server, name in ((stream, "stream"), (datagram, "datagram")):
+                server.bind(str(place / name))
+                (place / name).chmod(0o777)
+            stream.listen()
+            yield place
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.mark.skipif(landlock_abi() < 9, reason="needs Landlock's ABI 9, Linux 7.1")
+@pytest.mark.newest
+@pytest.mark.only(ROOT)
+def test_socket_in_the_environment_that_is_open_to_everybody_is_refused(sandbox: Sandbox) -> None:
+    connect = "socket.socket(socket.AF_UNIX).connect(BAIT + '/stream')"
+    send = "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'x', BAIT + '/datagram')"
+    with open_to_everybody() as place, Sandbox(_walls_down=["landlock"]) as lowered:
+        for code in (connect, send):
+            assert attempt(sandbox, code, {"BAIT": str(place)}) == "EACCES"
+            assert attempt(lowered, code, {"BAIT": str(place)}) == "done"  # no other wall stands before it
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("place", WRITABLE)
+def test_sockets_of_a_program_s_own_can_be_reached(sandbox: Sandbox, place: str) -> None:
+    code = f"""
+    import os, socket, sys
+    with socket.socket(socket.AF_UNIX) as stream, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as datagram:
+        stream.bind("{place}/stream")
+        stream.listen()
+        datagram.bind("{place}/datagram")
+        client = '''if True:
+            import socket
+            socket.socket(socket.AF_UNIX).connect("{place}/stream")
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"x", "{place}/datagram")
+        '''
+        exec(client)
+        status = os.spawnv(os.P_WAIT, sys.executable, [sys.executable, "-c", client])
+        print(status, stream.accept() and stream.accept() and "two came", datagram.recv(9) + datagram.recv(9))
+    """
+    result = sandbox.run("if True:\n" + code)
+    assert (result.status, result.stdout) == ("ok", "0 two came b'xx'\n"), result.stderr
