@@ -48,6 +48,8 @@ class Built(NamedTuple):
     initrd: str
     older_kernel: str
     older_initrd: str
+    newest_kernel: str
+    newest_initrd: str
     wheel: str
     package: str
 
@@ -124,9 +126,12 @@ def _pack(target: Path, built: Built, legs: Sequence[Leg]) -> None:
 
 
 def _command(built: Built, machine: Machine, work: Path, memory: int) -> list[str]:
-    older = machine.kernel == "6.1"
-    kernel, initrd = (built.older_kernel, built.older_initrd) if older else (built.kernel, built.initrd)
-    cmdline = CMDLINE if machine.systemd else f"{CMDLINE} init={FIRST_PROCESS}"
+    kernel, initrd = {
+        "6.1": (built.older_kernel, built.older_initrd),
+        "6.12": (built.kernel, built.initrd),
+        "newest": (built.newest_kernel, built.newest_initrd),
+    }[machine.kernel]
+    cmdline = " ".join([CMDLINE, *machine.cmdline, *(() if machine.systemd else (f"init={FIRST_PROCESS}",))])
     drives = (
         f"file={built.disk},snapshot=on,cache=unsafe",
         f"file={work / 'payload'},readonly=on",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Mode = Literal["root", "rootless", "rootless-one-id"]
+Kernel = Literal["6.1", "6.12", "newest"]
+"""Debian 12's, Debian 13's, or the newest that Debian 13's backports have."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +32,16 @@ class Leg:
 class Machine:
     """One boot and its legs, one after the other.
 
-    *cpus* is 1 unless tests need several: a second one costs the emulator a quarter more for the same work.
+    *cpus* is 1 unless tests need several: a second one costs the emulator a quarter more for the same work. *cmdline*
+    is what its kernel is told in addition.
     """
 
     name: str
     legs: tuple[Leg, ...]
-    kernel: Literal["6.12", "6.1"] = "6.12"
+    kernel: Kernel = "6.12"
     systemd: bool = True
     cpus: int = 1
+    cmdline: tuple[str, ...] = ()
 
     @property
     def resets(self) -> bool:
@@ -103,5 +107,12 @@ MACHINES = (  # those that take longest first, for two run at a time
         ),
         systemd=False,
         cpus=2,
+    ),
+    Machine(
+        "newest",
+        (Leg("kernel-newest", "root", ("tests/test_landlock.py", "-m", "newest"), 300),),
+        kernel="newest",
+        systemd=False,
+        cmdline=("audit=1",),
     ),
 )
