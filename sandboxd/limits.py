@@ -2,7 +2,9 @@
 compared.
 
 One table, ``LIMITS``, is the source for policies, requests, the command line and the engine. No pydantic here: the
-engine imports this module and must start fast. In plain values ``None`` is "unlimited"; a person writes the word.
+engine imports this module and must start fast. In plain values ``None`` is "unlimited"; a person writes the word. One
+limit follows another: shm_bytes is half of memory_bytes unless it has a number of its own. There ``None`` is "half", so
+that it is still half when a run narrows memory_bytes alone; ``value_of`` says what that comes to.
 """
 
 from __future__ import annotations
@@ -17,11 +19,26 @@ from sandboxd.errors import PolicyError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["LIMITS", "UNLIMITED", "Limit", "LimitValue", "defaults", "narrow", "parse", "resolved", "shown", "spell"]
+__all__ = [
+    "HALF",
+    "LIMITS",
+    "UNLIMITED",
+    "Limit",
+    "LimitValue",
+    "defaults",
+    "narrow",
+    "parse",
+    "resolved",
+    "shown",
+    "spell",
+    "value_of",
+]
 
 UNLIMITED: Final = "unlimited"
+HALF: Final = "half"
 LimitValue = int | float | None
-"""A resolved limit: bytes, counts and whole numbers are int, seconds and CPUs are float, None is unlimited."""
+"""A resolved limit: bytes, counts and whole numbers are int, seconds and CPUs are float, None is unlimited (or
+half, where a limit follows another)."""
 
 _KIB, _MIB, _GIB = 1 << 10, 1 << 20, 1 << 30
 _PIB = 1 << 50  # above the physical memory of any x86-64 host, and far from where the kernel's page counters overflow
@@ -35,7 +52,8 @@ _POWERS = {"K": 10, "M": 20, "G": 30, "T": 40}
 class Limit:
     """One limit. *kernel* names the object that enforces it, *floor_reason* why nothing below *lowest* is accepted.
 
-    *unlimited* is None when "unlimited" may be asked for, else the reason why it may not.
+    *unlimited* is None when "unlimited" may be asked for, else the reason why it may not. *half_of* names the limit of
+    which this one is half when it has no number, and *default* is what that comes to by default.
     """
 
     name: str
@@ -46,6 +64,14 @@ class Limit:
     kernel: str
     floor_reason: str
     unlimited: str | None = None
+    half_of: str | None = None
+
+    @property
+    def word(self) -> str | None:
+        """What a person writes for None; None when it may not be asked for."""
+        if self.half_of:
+            return HALF
+        return None if self.unlimited else UNLIMITED
 
     @property
     def allowed(self) -> str:
@@ -57,7 +83,8 @@ class Limit:
             number = f"a whole number from {self.lowest:,} to {self.highest:,}"
         else:
             number = f"{'seconds' if self.unit == 'seconds' else 'CPUs'} from {self.lowest:g} to {self.highest:,.0f}"
-        return number if self.unlimited else f'{number}, or "{UNLIMITED}"'
+        of = f" of {self.half_of}" if self.half_of else ""
+        return number if self.word is None else f'{number}, or "{self.word}"{of}'
 
 
 _TABLE = (
@@ -98,6 +125,19 @@ _TABLE = (
         "nr_inodes= of the tmpfs on /workspace; directories and links count",
         "a workspace without an inode cannot hold a file",
         unlimited="each file costs kernel memory even when it is empty; ask for a number instead",
+    ),
+    Limit(
+        "tmp_bytes", "bytes", 64 * _MIB, 4 * _KIB, _PIB,
+        "size= of the tmpfs on /tmp; counts as memory",
+        "tmpfs counts in pages",
+        unlimited="it is memory; ask for as much as memory_bytes instead",
+    ),
+    Limit(
+        "shm_bytes", "bytes", 256 * _MIB, 4 * _KIB, _PIB,
+        "size= of the tmpfs on /dev/shm; counts as memory",
+        "tmpfs counts in pages",
+        unlimited="it is memory; ask for as much as memory_bytes instead",
+        half_of="memory_bytes",
     ),
     Limit(
         "open_files", "count", 256, 16, 1 << 20,
@@ -143,7 +183,16 @@ LIMITS: Final[Mapping[str, Limit]] = {limit.name: limit for limit in _TABLE}
 
 def defaults() -> dict[str, LimitValue]:
     """Every limit with the value it has when a policy does not mention it."""
-    return {name: limit.default for name, limit in LIMITS.items()}
+    return {name: None if limit.half_of else limit.default for name, limit in LIMITS.items()}
+
+
+def value_of(limits: Mapping[str, LimitValue], name: str) -> LimitValue:
+    """What the limit *name* comes to among *limits*: "half" as a number, at least 1 MiB. None is unlimited."""
+    value, half_of = limits[name], LIMITS[name].half_of
+    if value is None and half_of:
+        whole = limits.get(half_of)
+        return None if whole is None else max(_MIB, int(whole) // 2)
+    return value
 
 
 def spell_size(value: float) -> str:
@@ -157,14 +206,15 @@ def spell_size(value: float) -> str:
 def spell(name: str, value: LimitValue) -> str:
     """*value* of the limit *name* as a policy would write it, with its unit where the name does not give it away."""
     if value is None:
-        return UNLIMITED
+        return HALF if LIMITS[name].half_of else UNLIMITED
     if LIMITS[name].unit == "bytes":
         return spell_size(value)
     return str(int(value)) if float(value).is_integer() else str(value)
 
 
 def parse(name: str, value: object) -> LimitValue:
-    """A person's *value* for the limit *name*: a number in the field's unit, a size such as "256M", or "unlimited".
+    """A person's *value* for the limit *name*: a number in the field's unit, a size such as "256M", "unlimited" or
+    "half".
 
     K, M, G and T are powers of 1,024; "256MiB" is the same as "256M". Raises PolicyError that names the limit, the
     value and what is allowed; a bool is no number, and NaN and infinities are no limits. KeyError for a name that is
@@ -172,10 +222,10 @@ def parse(name: str, value: object) -> LimitValue:
     """
     limit = LIMITS[name]
     if isinstance(value, str):
-        if value == UNLIMITED:
-            if limit.unlimited:
-                raise _refusal(limit, value, limit.unlimited)
+        if value == limit.word:
             return None
+        if value == UNLIMITED:
+            raise _refusal(limit, value, limit.unlimited or "")
         size = _SIZE.fullmatch(value) if limit.unit == "bytes" else None
         if size is None:
             raise _refusal(limit, value, "")
@@ -188,13 +238,14 @@ def parse(name: str, value: object) -> LimitValue:
 
 
 def resolved(name: str, value: object) -> LimitValue:
-    """*value* of the limit *name* as it comes over a channel: a number in range, or None for unlimited.
+    """*value* of the limit *name* as it comes over a channel: a number in range, or None for unlimited or
+    half.
 
     Raises PolicyError like ``parse``; words and sizes with units are refused, since the other side resolved them
     already.
     """
     limit = LIMITS[name]
-    if value is None and limit.unlimited is None:
+    if value is None and limit.word is not None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _refusal(limit, value, "")
@@ -206,20 +257,21 @@ def narrow(base: Mapping[str, LimitValue], asked: Mapping[str, object]) -> dict[
 
     A run may only narrow: a value wider than the sandbox's is a PolicyError that names the limit, the value asked for
     and the widest one allowed. *asked* holds plain values (None is unlimited, the widest of all) and is checked like
-    any input.
+    any input. What is half of another limit is compared by what it comes to.
     """
     limits = dict(base)
     for name, value in asked.items():
         if name not in LIMITS:
             raise PolicyError(f"{name!r} is not a limit. The limits are {', '.join(LIMITS)}.", key="limits")
-        wanted, widest = resolved(name, value), base[name]
+        limits[name] = resolved(name, value)
+    for name in asked:
+        wanted, widest = value_of(limits, name), value_of(base, name)
         if widest is not None and (wanted is None or wanted > widest):
             raise PolicyError(
-                f"limits.{name}: {spell(name, wanted)} is wider than the {spell(name, widest)} of this sandbox. "
+                f"limits.{name}: {spell(name, limits[name])} is wider than the {spell(name, widest)} of this sandbox. "
                 "A run may only narrow the limits of its sandbox.",
                 key=f"limits.{name}",
             )
-        limits[name] = wanted
     return limits
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
 
 from sandboxd.errors import PolicyError
-from sandboxd.limits import LIMITS, UNLIMITED, LimitValue, parse, shown
+from sandboxd.limits import LIMITS, LimitValue, parse, shown
 from sandboxd.policyfiles import NAME, file_of, find, installed, is_name, nearest, policies_dir, read
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def _asked_limit(value: object, info: ValidationInfo) -> int | float | str | Non
     if value is None:
         return None
     parsed = _resolved_limit(value, info)
-    return UNLIMITED if parsed is None else parsed
+    return LIMITS[str(info.field_name)].word if parsed is None else parsed
 
 
 def _resolved_limit(value: object, info: ValidationInfo) -> LimitValue:
@@ -62,9 +62,9 @@ def _resolved_limit(value: object, info: ValidationInfo) -> LimitValue:
 class Limits(BaseModel):
     """Limits that a caller sets for a run or a Sandbox; a field left out, or None, is the policy's.
 
-    Sizes are bytes or strings such as "256M"; "unlimited" is spelled out where the kernel has such a thing. The fields
-    are those of PolicyLimits, which says what each one is. Raises PolicyError for a value or a name that is not
-    allowed.
+    Sizes are bytes or strings such as "256M"; "unlimited" is spelled out where the kernel has such a thing, and
+    shm_bytes may be "half", of memory_bytes. The fields are those of PolicyLimits, which says what each one is. Raises
+    PolicyError for a value or a name that is not allowed.
     """
 
     model_config = _CONFIG
@@ -76,6 +76,8 @@ class Limits(BaseModel):
     pids: Annotated[int | Literal["unlimited"] | None, PlainValidator(_asked_limit)] = None
     workspace_bytes: Annotated[int | str | None, PlainValidator(_asked_limit)] = None
     workspace_files: Annotated[int | None, PlainValidator(_asked_limit)] = None
+    tmp_bytes: Annotated[int | str | None, PlainValidator(_asked_limit)] = None
+    shm_bytes: Annotated[int | str | None, PlainValidator(_asked_limit)] = None
     open_files: Annotated[int | None, PlainValidator(_asked_limit)] = None
     file_bytes: Annotated[int | str | None, PlainValidator(_asked_limit)] = None
     output_bytes: Annotated[int | str | None, PlainValidator(_asked_limit)] = None
@@ -93,13 +95,15 @@ class Limits(BaseModel):
                 raise _problems(error, under=("limits",))[0] from None
 
     def plain(self) -> dict[str, LimitValue]:
-        """The limits that were given, None for "unlimited"; those not given are absent."""
+        """The limits that were given, None for "unlimited" and "half"; those not given are absent."""
         values = ((name, getattr(self, name)) for name in LIMITS)
-        return {name: None if value == UNLIMITED else value for name, value in values if value is not None}
+        return {name: None if value == LIMITS[name].word else value for name, value in values if value is not None}
 
 
 class PolicyLimits(BaseModel):
-    """[limits]: every limit of a policy, resolved; None is "unlimited". Ranges: ``sandboxd.limits``."""
+    """[limits]: every limit of a policy, resolved; None is "unlimited", or "half" for shm_bytes. Ranges:
+    ``sandboxd.limits``.
+    """
 
     model_config = _CONFIG
 
@@ -117,6 +121,10 @@ class PolicyLimits(BaseModel):
     workspace_bytes: Annotated[int, PlainValidator(_resolved_limit)] = int(LIMITS["workspace_bytes"].default)
     # nr_inodes= of that tmpfs
     workspace_files: Annotated[int, PlainValidator(_resolved_limit)] = int(LIMITS["workspace_files"].default)
+    # size= of the tmpfs on /tmp
+    tmp_bytes: Annotated[int, PlainValidator(_resolved_limit)] = int(LIMITS["tmp_bytes"].default)
+    # size= of the tmpfs on /dev/shm; None is half of memory_bytes
+    shm_bytes: Annotated[int | None, PlainValidator(_resolved_limit)] = None
     # RLIMIT_NOFILE
     open_files: Annotated[int, PlainValidator(_resolved_limit)] = int(LIMITS["open_files"].default)
     # RLIMIT_FSIZE
@@ -131,7 +139,7 @@ class PolicyLimits(BaseModel):
     approval_seconds: Annotated[float | None, PlainValidator(_resolved_limit)] = LIMITS["approval_seconds"].default
 
     def plain(self) -> dict[str, LimitValue]:
-        """Every limit by name, None for "unlimited"."""
+        """Every limit by name, None for "unlimited" and "half"."""
         return {name: getattr(self, name) for name in LIMITS}
 
 
@@ -296,7 +304,9 @@ class Policy(BaseModel):
                 raise conflicts[0]
 
     def plain(self) -> dict[str, Any]:
-        """Every effective value as JSON has it: sections are objects, lists are lists, an unlimited limit is null."""
+        """Every effective value as JSON has it: sections are objects, lists are lists, a limit that is "unlimited" or
+        "half" is null.
+        """
         return {
             "name": self.name,
             "runtime": {**self.runtime.__dict__, "preload": list(self.runtime.preload)},

@@ -211,6 +211,8 @@ class LimitHit(BaseModel):
         "pids",
         "workspace_bytes",
         "workspace_files",
+        "tmp_bytes",
+        "shm_bytes",
         "file_bytes",
         "open_files",
         "output_bytes",

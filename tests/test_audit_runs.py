@@ -70,6 +70,7 @@ def test_a_run_is_recorded_with_its_source_and_its_end(made: tuple[Sandbox, Path
     assert started["code"] == "print(6 * 7); open('f', 'w').write('x' * 10)"
     assert (started["args"], started["env"], started["files"]) == (["a"], ["E"], [["i", 2]])
     assert started["limits"]["wall_seconds"] == 30.0
+    assert (started["limits"]["tmp_bytes"], started["limits"]["shm_bytes"]) == (64 << 20, 256 << 20)
     assert started["client"] == {"uid": os.getuid(), "pid": os.getpid(), "name": "root"}
     assert started["policy"]["name"] == "mine"
     assert started["policy"]["sha256"] == Policy(name="mine", audit=Audit(redact=("*_KEY",))).sha256

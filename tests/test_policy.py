@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from sandboxd import errors, policy
 from sandboxd.cli import cli
 from sandboxd.errors import PolicyError
-from sandboxd.limits import LIMITS, defaults, narrow, parse, resolved, spell
+from sandboxd.limits import LIMITS, LimitValue, defaults, narrow, parse, resolved, spell, value_of
 from sandboxd.policy import Limits, Policy, PolicyLimits, Require, Runtime, Seccomp
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ PROMISED = {
     "pids": 64,
     "workspace_bytes": 64 << 20,
     "workspace_files": 4096,
+    "tmp_bytes": 64 << 20,
+    "shm_bytes": None,  # half of memory_bytes
     "open_files": 256,
     "file_bytes": 512 << 20,
     "output_bytes": 1 << 20,
@@ -54,6 +56,8 @@ KERNEL_OBJECTS = {
     "pids": "pids.max",
     "workspace_bytes": "size=",
     "workspace_files": "nr_inodes=",
+    "tmp_bytes": "tmpfs on /tmp",
+    "shm_bytes": "tmpfs on /dev/shm",
     "open_files": "RLIMIT_NOFILE",
     "file_bytes": "RLIMIT_FSIZE",
     "output_bytes": "engine's reader",
@@ -147,8 +151,32 @@ def test_a_limit_that_must_be_there_says_why(name: str) -> None:
     with pytest.raises(PolicyError) as caught:
         parse(name, "unlimited")
     assert str(LIMITS[name].unlimited) in str(caught.value)
-    with pytest.raises(PolicyError):
-        resolved(name, None)
+    if not LIMITS[name].half_of:
+        with pytest.raises(PolicyError):
+            resolved(name, None)
+
+
+def test_half_is_spelled_out_where_a_limit_follows_another() -> None:
+    assert [name for name, limit in LIMITS.items() if limit.half_of] == ["shm_bytes"]
+    assert parse("shm_bytes", "half") is None
+    assert resolved("shm_bytes", None) is None
+    assert PolicyLimits.model_validate({"shm_bytes": "half"}).shm_bytes is None
+    assert Limits(shm_bytes="half").plain() == {"shm_bytes": None}
+    assert spell("shm_bytes", None) == "half"
+    assert LIMITS["shm_bytes"].allowed.endswith('or "half" of memory_bytes')
+    for name in ("memory_bytes", "tmp_bytes"):
+        with pytest.raises(PolicyError):
+            parse(name, "half")
+
+
+def test_half_follows_the_other_limit() -> None:
+    limits = defaults()
+    assert value_of(limits, "shm_bytes") == LIMITS["shm_bytes"].default == 256 << 20
+    assert value_of({**limits, "memory_bytes": 100 << 20}, "shm_bytes") == 50 << 20
+    assert value_of({**limits, "shm_bytes": 8 << 10}, "shm_bytes") == 8 << 10
+    assert value_of({"shm_bytes": None, "memory_bytes": None}, "shm_bytes") is None
+    assert value_of({"shm_bytes": None, "memory_bytes": 4096}, "shm_bytes") == 1 << 20
+    assert value_of(limits, "memory_bytes") == 512 << 20
 
 
 @pytest.mark.parametrize(
@@ -187,7 +215,7 @@ def test_what_is_spelled_is_parsed_back(name: str) -> None:
         spelled = spell(name, value)
         number: Any = spelled if LIMITS[name].unit == "bytes" else float(spelled)
         assert parse(name, int(number) if LIMITS[name].unit == "count" else number) == value
-    assert spell(name, None) == "unlimited"
+    assert spell(name, None) == ("half" if LIMITS[name].half_of else "unlimited")
 
 
 # --- limits of a run ----------------------------------------------------------------------------------------------
@@ -200,7 +228,8 @@ def test_a_run_narrows() -> None:
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_a_run_may_ask_for_what_the_sandbox_has(name: str) -> None:
-    assert narrow(defaults(), {name: LIMITS[name].default}) == defaults()
+    assert narrow(defaults(), {name: defaults()[name]}) == defaults()
+    assert narrow(defaults(), {name: LIMITS[name].default}) == {**defaults(), name: LIMITS[name].default}
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -220,6 +249,22 @@ def test_unlimited_is_the_widest_of_all(name: str) -> None:
     without = {**defaults(), name: None}
     assert narrow(without, {name: None})[name] is None
     assert narrow(without, {name: LIMITS[name].default})[name] == LIMITS[name].default
+
+
+def test_shared_memory_narrows_with_the_memory_it_is_half_of() -> None:
+    def shm(base: Any, **asked: Any) -> LimitValue:
+        return value_of(narrow({**defaults(), **base}, Limits(**asked).plain()), "shm_bytes")
+
+    assert shm({}, memory_bytes="128M") == 64 << 20
+    assert shm({}, memory_bytes="128M", shm_bytes="100M") == 100 << 20
+    assert shm({"shm_bytes": 8 << 20}, memory_bytes="256M") == 8 << 20
+    assert shm({"shm_bytes": 8 << 20}, shm_bytes="half", memory_bytes="16M") == 8 << 20
+    with pytest.raises(PolicyError, match="half is wider than the 8M"):
+        shm({"shm_bytes": 8 << 20}, shm_bytes="half")
+    with pytest.raises(PolicyError, match="257M is wider than the 256M"):
+        shm({}, shm_bytes="257M")
+    # Of a daemon's sandbox a client may know nothing.
+    assert narrow({"shm_bytes": None}, {"shm_bytes": 1 << 30}) == {"shm_bytes": 1 << 30}
 
 
 def test_narrowing_refuses_a_limit_that_does_not_exist() -> None:

@@ -195,7 +195,7 @@ def test_limits_of_the_readme_are_the_defaults() -> None:
     rows = table_rows(README, "| limit | default")
 
     assert [(row[0].strip("`"), row[1]) for row in rows] == [
-        (name, limits.spell(name, limit.default)) for name, limit in limits.LIMITS.items()
+        (name, limits.spell(name, value)) for name, value in limits.defaults().items()
     ]
 
 
@@ -206,7 +206,7 @@ POLICIES: Final = ROOT / "docs" / "policies.md"
 
 def test_limits_of_the_reference_are_those_of_the_code() -> None:
     assert table_rows(POLICIES, "| limit | default") == [
-        [f"`{name}`", limits.spell(name, limit.default), limit.allowed, limit.kernel]
+        [f"`{name}`", limits.spell(name, limits.defaults()[name]), limit.allowed, limit.kernel]
         for name, limit in limits.LIMITS.items()
     ]
 

@@ -352,6 +352,8 @@ WIDER: list[tuple[str, Any, str]] = [
     ("pids", 65, "64"),
     ("workspace_bytes", 65 << 20, "64M"),
     ("workspace_files", 4097, "4096"),
+    ("tmp_bytes", 65 << 20, "64M"),
+    ("shm_bytes", (256 << 20) + 1, "256M"),
     ("open_files", 257, "256"),
     ("file_bytes", (512 << 20) + 1, "512M"),
     ("output_bytes", 2 << 20, "1M"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sandboxd.cgroup import LeafLimits
+from sandboxd.limits import value_of
 from sandboxd.zygote import CellPlan, InitSizes
 
 if TYPE_CHECKING:
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
 __all__ = ["BUILT_IN", "Bare", "Shape", "leaf_limits", "same_shape"]
 
 _MIB: Final = 1 << 20
-TMP_BYTES: Final = 64 * _MIB
 TMP_FILES: Final = 16_384
 CODE_BYTES: Final = 17 * _MIB
 CPU_BELT_SECONDS: Final = 5
 UNLIMITED_BYTES: Final = (1 << 63) - 1
 
-BUILT_IN: Final = ("memory_bytes", "workspace_bytes", "workspace_files", "open_files", "file_bytes")
+BUILT_IN: Final = (
+    "memory_bytes",
+    "workspace_bytes",
+    "workspace_files",
+    "tmp_bytes",
+    "shm_bytes",
+    "open_files",
+    "file_bytes",
+)
 """Limits that file systems and rlimits of a cell are made with: a run that asks for others gets a cell of its own. The
 rest is set in the leaf, or is the engine's clock and readers.
 """
@@ -70,14 +78,14 @@ def leaf_limits(limits: Mapping[str, LimitValue]) -> LeafLimits:
 
 
 def _sizes(limits: Mapping[str, LimitValue]) -> InitSizes:
-    memory, files = limits["memory_bytes"], limits["workspace_files"]
+    files = limits["workspace_files"]
     return InitSizes(
         workspace_bytes=int(limits["workspace_bytes"] or UNLIMITED_BYTES),
         # The root directory is an inode, too.
         workspace_files=int(files) + 1 if files is not None else 1 << 31,
-        tmp_bytes=TMP_BYTES,
+        tmp_bytes=int(limits["tmp_bytes"] or UNLIMITED_BYTES),
         tmp_files=TMP_FILES,
-        shm_bytes=max(_MIB, int(memory) // 2) if memory is not None else UNLIMITED_BYTES,
+        shm_bytes=int(value_of(limits, "shm_bytes") or UNLIMITED_BYTES),
         shm_files=TMP_FILES,
         code_bytes=CODE_BYTES,
     )

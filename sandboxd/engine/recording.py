@@ -23,6 +23,7 @@ from sandboxd.audit.redact import Redactor
 from sandboxd.engine.callrecord import CallRecords
 from sandboxd.engine.trail import Trail
 from sandboxd.errors import SandboxError, Unavailable
+from sandboxd.limits import value_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
@@ -248,7 +249,7 @@ def _started(base: Mapping[str, Any], request: Run, limits: Mapping[str, LimitVa
         "event": "run_started",
         "language": request.language,
         "filename": request.filename,
-        "limits": dict(limits),
+        "limits": {name: value_of(limits, name) for name in limits},
         "args": capped(list(request.args)),
         "env": capped(sorted(request.env)),
         "stdin_bytes": None if request.stdin is None else len(request.stdin),
