@@ -59,8 +59,23 @@ drain(int fd, char *at, size_t room, size_t *got)
     return -SBX_EMSGSIZE;
 }
 
-/* In the caller, when the program says that it ended: its counters, what is in its streams, and whether it left the
- * workspace as it was: 2 links, and 20 bytes for each of "." and ".." (mm/shmem.c). */
+/* Whether no page or no inode is free: what sandboxd/engine/outcome.py calls a full file system. statfs(2) */
+static int
+is_full(int fd)
+{
+    struct {
+        int64_t type, block_bytes;
+        uint64_t blocks, blocks_free, blocks_available, files, files_free;
+        int64_t rest[8];
+    } st;
+    long r = sbx_call(SBX_NR_fstatfs, fd, &st);
+
+    return r < 0 ? (int)r : !st.blocks_available || !st.files_free;
+}
+
+/* In the caller, when the program says that it ended: its counters, what is in its streams, whether one of its file
+ * systems is full, and whether it left the workspace as it was: 2 links, and 20 bytes for each of "." and ".."
+ * (mm/shmem.c). */
 int
 sbx_look_back(struct sbx_lookback *seen)
 {
@@ -78,6 +93,8 @@ sbx_look_back(struct sbx_lookback *seen)
     if (r < 0)
         return (int)r;
     seen->touched = st.nlink != 2 || st.size != 40;
+    /* What cannot be asked is the engine's to find out. */
+    seen->full = is_full(seen->workspace) || is_full(seen->tmp) || is_full(seen->shm);
     r = drain(seen->out, seen->buffer, seen->room, &seen->out_length);
     if (r >= 0)
         r = drain(seen->err, seen->buffer + seen->out_length, seen->room - seen->out_length, &seen->err_length);

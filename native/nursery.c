@@ -216,8 +216,8 @@ init_main(const struct init_plan *plan)
 }
 
 /* Descriptors of one cell before they go their two ways. */
-enum cell_fd { INIT, WORKSPACE, CODE, IN_READ, IN_WRITE, OUT_READ, OUT_WRITE, ERR_READ, ERR_WRITE, CHANNEL_OURS,
-               CHANNEL_CELL, CELL_FDS };
+enum cell_fd { INIT, WORKSPACE, TMP, SHM, CODE, IN_READ, IN_WRITE, OUT_READ, OUT_WRITE, ERR_READ, ERR_WRITE,
+               CHANNEL_OURS, CHANNEL_CELL, CELL_FDS };
 
 static int
 make_streams(uint32_t id, int *fds)
@@ -298,6 +298,8 @@ fail:
         report->error = (int32_t)-r;
     }
     fds[WORKSPACE] = plan.workspace;
+    fds[TMP] = plan.tmp;
+    fds[SHM] = plan.shm;
     fds[CODE] = plan.code;
     if (report->stage != SBX_STAGE_NONE) {
         if (pidfd >= 0) {
@@ -307,8 +309,6 @@ fail:
         for (int i = 0; i < CELL_FDS; i++)
             sbx_close(fds[i]);
     }
-    sbx_close(plan.tmp);
-    sbx_close(plan.shm);
     sbx_close(pipe[0]);
     sbx_close(pipe[1]);
 }
@@ -342,8 +342,8 @@ answer(void)
     if (report.stage != SBX_STAGE_NONE) {
         tell(SBX_EVENT_REFUSED, request.id, &report, 0, 0);
     } else {
-        const int made[SBX_MADE_FDS] = {fds[INIT],     fds[WORKSPACE], fds[CODE],        fds[IN_WRITE],
-                                        fds[OUT_READ], fds[ERR_READ],  fds[CHANNEL_OURS]};
+        const int made[SBX_MADE_FDS] = {fds[INIT],     fds[WORKSPACE], fds[TMP],      fds[SHM],         fds[CODE],
+                                        fds[IN_WRITE], fds[OUT_READ],  fds[ERR_READ], fds[CHANNEL_OURS]};
         int forked[SBX_FORK_FDS] = {fds[INIT], fds[IN_READ], fds[OUT_WRITE], fds[ERR_WRITE], fds[CHANNEL_CELL]};
         struct sbx_fork_request fork = {.id = request.id, .cell = request.cell};
 

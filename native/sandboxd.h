@@ -163,10 +163,10 @@ enum sbx_event_kind {
     SBX_EVENT_WARM = 5,
 };
 
-/* MADE carries: pidfd of the init, mounts of /workspace and /code, the engine's ends of stdin, stdout, stderr and of the
- * cell's channel. REFUSED says where. EXITED says how: code and status as in siginfo_t. WARM is of no cell: those that
+/* MADE carries: pidfd of the init, mounts of /workspace, /tmp, /dev/shm and /code, the engine's ends of stdin, stdout,
+ * stderr and of the cell's channel. REFUSED says where. EXITED says how: code and status as in siginfo_t. WARM is of no cell: those that
  * are forked from now on know what the warm-up touches. */
-#define SBX_MADE_FDS 7
+#define SBX_MADE_FDS 9
 struct sbx_event {
     uint32_t kind, id;
     int32_t code, status;

@@ -48,8 +48,8 @@ struct sbx_handover { /* below a second */
 struct sbx_lookback {
     struct sbx_number *numbers;
     unsigned int count;
-    int workspace, out, err;
-    int touched;
+    int workspace, tmp, shm, out, err;
+    int touched, full;
     char *buffer; /* both streams, one behind the other */
     size_t room, out_length, err_length;
 };

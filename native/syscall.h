@@ -68,6 +68,7 @@ enum sbx_nr {
     SBX_NR_setpriority = 141,
     SBX_NR_sched_setscheduler = 144,
     SBX_NR_capset = 126,
+    SBX_NR_fstatfs = 138,
     SBX_NR_pivot_root = 155,
     SBX_NR_prctl = 157,
     SBX_NR_mount = 165,

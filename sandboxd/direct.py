@@ -46,7 +46,7 @@ PATIENCE_SECONDS: Final = 0.01
 SOURCE_BYTES: Final = 24 << 10
 STREAM_BYTES: Final = 1 << 16
 """What a pipe holds at most, pipe(7)."""
-FDS: Final = 6
+FDS: Final = 8
 _HEAD: Final = struct.Struct("<Q")
 _quoted: Final = json.JSONEncoder().encode
 
@@ -106,7 +106,7 @@ class Direct:
         self.identity: str = message["lease"]
         self._reading = replace(leaf.reading, before=tuple(message["before"]))
         self._leaf = leaf
-        self._fds = fds  # channel, stdout, stderr, workspace, source, alarm
+        self._fds = fds  # channel, stdout, stderr, workspace, tmp, shm, source, alarm
         self._raw = (b"", b"")
         self._started = self._setup = 0.0
         self.handed_over = False
@@ -114,7 +114,7 @@ class Direct:
     def start(self, source: bytes, message: bytes) -> None:
         """Set the engine's alarm and hand the program over."""
         begun = time.monotonic()
-        end, _, _, _, file, alarm = self._fds
+        end, *_, file, alarm = self._fds
         text, packet = ffi.from_buffer("char[]", source), ffi.from_buffer("char[]", message)
         given = ffi.new(
             "struct sbx_handover *",
@@ -171,7 +171,7 @@ class Direct:
         run = time.monotonic() - self._started
         leaf = self._leaf
         seen = leaf.seen
-        _, seen.out, seen.err, seen.workspace, _, _ = self._fds
+        _, seen.out, seen.err, seen.workspace, seen.tmp, seen.shm, _, _ = self._fds
         looked = lib.sbx_look_back(seen)
         self._raw = out, err = leaf.streams()
         try:
@@ -179,7 +179,7 @@ class Direct:
             finished = parse_finished(frame)
         except (ProtocolError, OSError):
             return None
-        if looked < 0 or seen.touched or self._reading.tasks(values) > 1:
+        if looked < 0 or seen.touched or seen.full or self._reading.tasks(values) > 1:
             return None
         counters = self._reading.counters(values)
         limits = leaf.limits

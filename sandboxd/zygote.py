@@ -12,7 +12,7 @@ Theory of operation
             |               (native/cell.c)
             `-- init: pid 1 of one cell's namespaces, no capabilities, no descriptors, asleep
 
-    channel to the nursery: one struct sbx_make_request for each cell; back come MADE with seven descriptors, or
+    channel to the nursery: one struct sbx_make_request for each cell; back come MADE with nine descriptors, or
                             REFUSED, and DEAD when the init, and so the pid namespace, is gone (native/sandboxd.h)
     channel to the zygote:  config and filters, its ready message; then nothing goes there any more. From it come
                             EXITED for each cell that was forked, and REFUSED for one that could not be
@@ -83,8 +83,8 @@ _RLIMIT: Final = struct.Struct("=IIQQ")
 _RLIMITS: Final = 16
 _EVENT: Final = struct.Struct("=IIiiIiI")
 _MADE, _REFUSED, _DEAD, _EXITED, _WARM = 1, 2, 3, 4, 5
-_MADE_FDS: Final = 7
-_EVENT_FDS: Final = 8
+_MADE_FDS: Final = 9
+_EVENT_FDS: Final = 10
 _BATCH: Final = 32
 _REPORT: Final = struct.Struct("=IiI")
 _KEPT: Final = {
@@ -206,6 +206,8 @@ class CellFds:
     init: int
     """pidfd: killing it ends everything of the cell."""
     workspace: int
+    tmp: int
+    shm: int
     code: int
     stdin: int
     stdout: int

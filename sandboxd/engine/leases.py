@@ -2,8 +2,9 @@
 
 Theory of operation
     The caller of an embedded Sandbox is its engine's operator, and holds what the engine holds of one parked cell: the
-    channel, the streams, the source's file, the leaf's counters. It hands its program over itself and, when that ended
-    at once and cleanly, reads the answer itself. The engine is told, and does what needs its rights and its clock:
+    channel, the streams, the file systems, the source's file, the leaf's counters. It hands its program over itself
+    and, when that ended at once and cleanly, reads the answer itself. The engine is told, and does what needs its
+    rights and its clock:
 
         engine -> caller   lease, with descriptors: a parked cell, which has taken one of max_running's turns
         (the caller sets the alarm, a timerfd of the engine's that came along, and hands its program over)
@@ -137,8 +138,8 @@ class Leases:
         reading = leaf.reading()
         # What does not change from run to run is told once for each leaf.
         name = (leaf.name, cell.prepared.serial)
-        fds = [cell.fds.channel, cell.fds.stdout, cell.fds.stderr, cell.fds.workspace, cell.source_fd]
-        fds.append(lease.alarm)
+        held = cell.fds
+        fds = [held.channel, held.stdout, held.stderr, held.workspace, held.tmp, held.shm, cell.source_fd, lease.alarm]
         known = self._leaves.get(name)
         if known is not None:
             return self._send(protocol.lease(lease.identity, known, reading.before), fds)
