@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandboxd.cgroup import Counters
-from sandboxd.engine.outcome import Evidence, Finished, Outcome, judge, parse_finished
+from sandboxd.engine.outcome import Evidence, Finished, Outcome, Space, judge, parse_finished
 from sandboxd.errors import ProtocolError
-from sandboxd.limits import defaults
+from sandboxd.limits import defaults, value_of
 
 QUIET = Counters(
     cpu_usec=5000,
@@ -41,6 +41,8 @@ KILL = os.CLD_KILLED
 DUMP = os.CLD_DUMPED
 ERROR = {"type": "E", "message": "m", "traceback": "t", "line": 1}
 SHOWN = [{"mime": {"text/plain": "1"}}]
+PLACES = {"workspace": "/workspace", "tmp": "/tmp", "shm": "/dev/shm"}
+FULL, NO_INODE = (0, 100), (1 << 20, 0)
 
 
 def finished(code: int = 0, number: int | None = None) -> Finished:
@@ -52,9 +54,10 @@ def judged(**seen: Any) -> Outcome:
     """The outcome of a run of which only *seen* is out of the ordinary."""
     facts: dict[str, Any] = {
         "cause": None, "wait": None, "finished": None, "counters": QUIET, "limits": defaults(), "run_seconds": 1.0,
-        "free_bytes": 1 << 20, "free_files": 100,
     }  # fmt: skip
-    return judge(Evidence(**{**facts, **seen}))
+    free = {place: seen.pop(place, (1 << 20, 100)) for place in PLACES}
+    spaces = [Space(path, *free[place]) for place, path in PLACES.items() if free[place] is not None]
+    return judge(Evidence(**{**facts, "spaces": spaces, **seen}))
 
 
 TABLE: list[tuple[str, dict[str, Any], tuple[str, int | None, int | None]]] = [
@@ -134,12 +137,28 @@ HITS: list[tuple[str, dict[str, Any], list[tuple[str, str]]]] = [
     ("cpus", {"counters": replace(QUIET, throttled_usec=10), "finished": finished()}, [("cpus", "cgroup")]),
     ("output", {"cause": "output", "dropped_bytes": 9}, [("output_stop_bytes", "reader"), ("output_bytes", "reader")]),
     ("output-dropped", {"dropped_bytes": 9, "finished": finished()}, [("output_bytes", "reader")]),
-    ("workspace-full", {"free_bytes": 0, "finished": finished()}, [("workspace_bytes", "statfs")]),
-    ("files-full", {"free_files": 0, "finished": finished()}, [("workspace_files", "statfs")]),
+    ("workspace-full", {"workspace": FULL, "finished": finished()}, [("workspace_bytes", "statfs")]),
+    ("files-full", {"workspace": NO_INODE, "finished": finished()}, [("workspace_files", "statfs")]),
+    ("tmp-full", {"tmp": FULL, "finished": finished()}, [("tmp_bytes", "statfs")]),
+    ("tmp-part-of-a-page-free", {"tmp": (4095, 9), "finished": finished()}, [("tmp_bytes", "statfs")]),
+    ("tmp-a-page-free", {"tmp": (4096, 1), "finished": finished()}, []),
+    ("tmp-files-full", {"tmp": NO_INODE, "finished": finished()}, [("tmp_bytes", "statfs")]),
+    ("tmp-all-full", {"tmp": (0, 0), "finished": finished()}, [("tmp_bytes", "statfs")]),
+    ("shm-full", {"shm": FULL, "finished": finished()}, [("shm_bytes", "statfs")]),
+    ("shm-files-full", {"shm": NO_INODE, "finished": finished()}, [("shm_bytes", "statfs")]),
+    ("shm-full-sigbus", {"shm": FULL, "wait": (KILL, signal.SIGBUS)}, [("shm_bytes", "statfs")]),
+    ("sigbus-with-room", {"wait": (KILL, signal.SIGBUS)}, []),
+    (
+        "all-full",
+        {"workspace": (0, 0), "tmp": FULL, "shm": NO_INODE, "cause": "timeout"},
+        [(one, "statfs" if one != "wall_seconds" else "clock")
+         for one in ("wall_seconds", "workspace_bytes", "workspace_files", "tmp_bytes", "shm_bytes")],
+    ),
     ("enospc-elsewhere", {"finished": finished(1, errno.ENOSPC)}, []),
-    ("enospc-unseen", {"finished": finished(1, errno.ENOSPC), "free_bytes": None, "free_files": None}, []),
-    ("enospc-full", {"finished": finished(1, errno.ENOSPC), "free_bytes": 0}, [("workspace_bytes", "statfs")]),
-    ("enospc-of-files", {"finished": finished(1, errno.ENOSPC), "free_files": 0}, [("workspace_files", "statfs")]),
+    ("enospc-unseen", {"finished": finished(1, errno.ENOSPC), "workspace": None, "tmp": None, "shm": None}, []),
+    ("enospc-full", {"finished": finished(1, errno.ENOSPC), "workspace": FULL}, [("workspace_bytes", "statfs")]),
+    ("enospc-files", {"finished": finished(1, errno.ENOSPC), "workspace": NO_INODE}, [("workspace_files", "statfs")]),
+    ("enospc-of-tmp", {"finished": finished(1, errno.ENOSPC), "tmp": FULL}, [("tmp_bytes", "statfs")]),
     ("emfile", {"finished": finished(1, errno.EMFILE)}, [("open_files", "program")]),
     ("efbig", {"finished": finished(1, errno.EFBIG)}, [("file_bytes", "program")]),
     ("sigxfsz", {"wait": (KILL, 25)}, [("file_bytes", "wait")]),
@@ -154,7 +173,7 @@ def test_limits_hit_names_what_evidence_shows(seen: dict[str, Any], hits: list[t
     found = judged(**seen)
     assert [(one["limit"], one["evidence"]["source"]) for one in found.limits_hit] == hits
     for one in found.limits_hit:
-        assert one["value"] == ("unknown" if one["limit"] == "syscall" else defaults()[one["limit"]])
+        assert one["value"] == ("unknown" if one["limit"] == "syscall" else value_of(defaults(), one["limit"]))
         assert one["evidence"]["detail"]
 
 
@@ -171,9 +190,21 @@ def test_a_limit_of_memory_says_how_often_it_was_met() -> None:
     )
 
 
-def test_a_full_file_system_that_no_limit_is_for_is_told_by_the_error_alone() -> None:
+def test_a_file_system_that_was_full_only_for_a_while_is_told_by_the_error_alone() -> None:
     found = judged(finished=finished(1, errno.ENOSPC))
     assert (found.status, found.limits_hit, found.error) == ("error", [], ERROR)
+
+
+@pytest.mark.parametrize(("place", "path"), PLACES.items())
+def test_a_sigbus_is_put_down_to_the_file_system_that_is_full(place: str, path: str) -> None:
+    found = judged(wait=(KILL, signal.SIGBUS), **{place: FULL})
+    assert (found.status, found.signal) == ("killed", signal.SIGBUS)
+    (one,) = found.limits_hit
+    assert one["evidence"]["detail"] == (
+        f"0 bytes free in {path} at the end; SIGBUS is how a mapped file says that it has no room"
+    )
+    (other,) = judged(wait=(KILL, signal.SIGSEGV), **{place: FULL}).limits_hit
+    assert other["evidence"]["detail"] == f"0 bytes free in {path} at the end"
 
 
 @given(
@@ -183,8 +214,9 @@ def test_a_full_file_system_that_no_limit_is_for_is_told_by_the_error_alone() ->
     counters=st.none() | st.sampled_from([QUIET, OWN_OOM, HOST_OOM, CPU_SPENT]),
     run_seconds=st.floats(0, 100),
     dropped_bytes=st.integers(0, 10),
-    free_bytes=st.none() | st.integers(0, 10_000),
-    free_files=st.none() | st.integers(0, 2),
+    workspace=st.none() | st.tuples(st.integers(0, 10_000), st.integers(0, 2)),
+    tmp=st.none() | st.tuples(st.integers(0, 10_000), st.integers(0, 2)),
+    shm=st.none() | st.tuples(st.integers(0, 10_000), st.integers(0, 2)),
 )
 def test_every_combination_of_evidence_has_one_consistent_outcome(**seen: Any) -> None:
     said = seen.pop("said")

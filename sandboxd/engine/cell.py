@@ -504,7 +504,7 @@ class Cell:
 
     def _is_slow_to_close(self) -> bool:
         try:
-            return self.fds is not None and workspace.is_large(self.fds.workspace)
+            return self.fds is not None and workspace.is_large(self.fds)
         except OSError:
             return False  # not there any more
 

@@ -10,18 +10,19 @@ import errno
 import os
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from sandboxd.errors import ProtocolError
+from sandboxd.limits import value_of
 from sandboxd.protocol import loads
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from sandboxd.cgroup import Counters
     from sandboxd.limits import LimitValue
 
-__all__ = ["Cause", "Evidence", "Finished", "Outcome", "judge", "parse_finished"]
+__all__ = ["Cause", "Evidence", "Finished", "Outcome", "Space", "judge", "parse_finished"]
 
 Cause = Literal["timeout", "tool_wait", "approval", "cpu", "output", "memory", "cancelled", "lost"]
 
@@ -29,6 +30,12 @@ _MESSAGE: Final = 8 << 10
 _TRACEBACK: Final = 64 << 10
 _RESULT: Final = 256 << 10
 _RESULTS: Final = 16
+_PAGE: Final = 4096
+_LIMITS_OF: Final = {
+    "/workspace": ("workspace_bytes", "workspace_files"),
+    "/tmp": ("tmp_bytes", "tmp_bytes"),  # noqa: S108 - how many files the other two hold is no limit of its own
+    "/dev/shm": ("shm_bytes", "shm_bytes"),  # noqa: S108
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +48,19 @@ class Finished:
     errno: int | None
 
 
+class Space(NamedTuple):
+    """What was free in one file system of a cell at the end."""
+
+    place: str
+    bytes: int
+    files: int
+
+
 @dataclass(frozen=True, slots=True)
 class Evidence:
     """All that is known when everything of a cell is dead. *wait*: (si_code, si_status), None when nobody could ask.
-    *run_seconds*: by the program's wall clock, which stands still while it waits for a tool.
+    *run_seconds*: by the program's wall clock, which stands still while it waits for a tool. *spaces*: empty when
+    nobody could look.
     """
 
     cause: Cause | None
@@ -56,8 +72,7 @@ class Evidence:
     stdout_bytes: int = 0
     stderr_bytes: int = 0
     dropped_bytes: int = 0
-    free_bytes: int | None = None
-    free_files: int | None = None
+    spaces: Sequence[Space] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +170,12 @@ def judge(seen: Evidence) -> Outcome:
     error = finished.error if finished is not None and status == "error" else None
     results = finished.results if finished is not None and status == "ok" else []
     return Outcome(
-        status, exit_code, None if killed_by is None else int(killed_by), error, results, _limits(seen, status)
+        status,
+        exit_code,
+        None if killed_by is None else int(killed_by),
+        error,
+        results,
+        _limits(seen, status, killed_by),
     )
 
 
@@ -183,12 +203,12 @@ def _cpu_is_spent(seen: Evidence) -> bool:
     return seen.counters.cpu_usec >= limit * 1e6
 
 
-def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
+def _limits(seen: Evidence, status: str, killed_by: int | None) -> list[dict[str, Any]]:
     hits: list[dict[str, Any]] = []
 
     def hit(limit: str, source: str, detail: str, value: LimitValue | str = None) -> None:
         if all(one["limit"] != limit for one in hits):
-            shown = seen.limits.get(limit) if value is None else value
+            shown = value_of(seen.limits, limit) if value is None else value
             hits.append({"limit": limit, "value": shown, "evidence": {"source": source, "detail": detail}})
 
     if seen.cause == "tool_wait":
@@ -225,11 +245,14 @@ def _limits(seen: Evidence, status: str) -> list[dict[str, Any]]:
         hit("output_stop_bytes", "reader", f"{most} bytes on one stream")
     if seen.dropped_bytes:
         hit("output_bytes", "reader", f"{seen.dropped_bytes} bytes not kept")
-    if seen.free_bytes is not None and seen.free_bytes < 4096:
-        hit("workspace_bytes", "statfs", f"{seen.free_bytes} bytes free in /workspace at the end")
-    if seen.free_files is not None and seen.free_files < 1:
-        hit("workspace_files", "statfs", "no inode free in /workspace at the end")
-    # Not ENOSPC: a full /workspace shows above, and the sizes of /tmp and /dev/shm are no limits of a policy.
+    for space in seen.spaces:
+        of_bytes, of_files = _LIMITS_OF[space.place]
+        if space.bytes < _PAGE:
+            why = "; SIGBUS is how a mapped file says that it has no room" if killed_by == signal.SIGBUS else ""
+            hit(of_bytes, "statfs", f"{space.bytes} bytes free in {space.place} at the end{why}")
+        if space.files < 1:
+            hit(of_files, "statfs", f"no inode free in {space.place} at the end")
+    # Not ENOSPC: a full file system shows above, and the error does not say which one it was.
     number = seen.finished.errno if seen.finished is not None else None
     if number == errno.EMFILE:
         hit("open_files", "program", "uncaught EMFILE")

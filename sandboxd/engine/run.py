@@ -26,7 +26,7 @@ from sandboxd.engine import workspace
 from sandboxd.engine.answer import Answer, answer
 from sandboxd.engine.clock import Meter, Mode
 from sandboxd.engine.life import Event, State
-from sandboxd.engine.outcome import Cause, Evidence, Finished, parse_finished
+from sandboxd.engine.outcome import Cause, Evidence, Finished, Space, parse_finished
 from sandboxd.engine.output import Collector
 from sandboxd.engine.pace import Pace
 from sandboxd.engine.plan import UNLIMITED_BYTES, leaf_limits
@@ -99,6 +99,7 @@ class CellRun:
         self._outputs = (Collector(keep), Collector(keep))
         self._paces = (Pace(), Pace())
         self._known: workspace.Known = {}
+        self._spaces: list[Space] = []
         self._stdin: memoryview | None = None
         self._message: memoryview | None = None
         self._parked_said = False
@@ -235,6 +236,7 @@ class CellRun:
         now = time.monotonic()
         run = now - self.started if self.started is not None else 0.0
         self._stop_tools(now)
+        self._look(cell)
         if self._failure is None and self._is_clean(cell):
             return self._tell(queued_seconds, setup, run, cell.leaf.counters(), workspace.Collected(), warm)
         return await self._after_death(cell, queued_seconds, setup, run, warm)
@@ -253,6 +255,12 @@ class CellRun:
             return self._cause is None
         except OSError:
             return False
+
+    def _look(self, cell: Cell) -> None:
+        """See how full its file systems are, once, before the kill: files without a name go with their processes."""
+        if not self._spaces and self.started is not None and cell.fds is not None and cell.fds.workspace >= 0:
+            with contextlib.suppress(OSError):  # the kill comes next, whatever a filter around the engine refuses
+                self._spaces = workspace.spaces(cell.fds)
 
     async def _after_death(self, cell: Cell, queued: float, setup: float, run: float, warm: bool) -> Answer:
         """Nothing of it may live any more; only then its files are read."""
@@ -275,11 +283,9 @@ class CellRun:
                 )
             if cell.slot is not None and self.started is not None:
                 counters = cell.leaf.counters() if cell.leaf.counts else None
-            free: tuple[int | None, int | None] = (None, None)
             if cell.fds is not None and cell.fds.workspace >= 0 and self.started is not None:
-                free = workspace.usage(cell.fds.workspace)
                 collected = await self._collect(cell.fds.workspace)
-            return self._tell(queued, setup, run, counters, collected, warm, free)
+            return self._tell(queued, setup, run, counters, collected, warm)
         except BaseException as error:
             collected.close()
             if self.started is None or not isinstance(error, Exception):
@@ -420,6 +426,7 @@ class CellRun:
         self._cause = cause
         self._ended.set_result(None)
         if self.cell is not None and event not in (Event.FINISHED, Event.LOST):
+            self._look(self.cell)
             self.cell.end(event)
 
     def spoke(self, data: bytes) -> None:
@@ -663,7 +670,6 @@ class CellRun:
         counters: Counters | None,
         collected: workspace.Collected,
         warm: bool,
-        free: tuple[int | None, int | None] = (None, None),
     ) -> Answer:
         out, err = self._outputs
         cell = self.cell
@@ -677,8 +683,7 @@ class CellRun:
             run_seconds=run - waited,
             stdout_bytes=out.total_bytes,
             stderr_bytes=err.total_bytes,
-            free_bytes=free[0],
-            free_files=free[1],
+            spaces=self._spaces,
         )
         slot = None if cell is None else cell.slot
         isolation = None if slot is None else self._prepared.receipt(slot.index)

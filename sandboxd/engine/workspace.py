@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from sandboxd import disposal
+from sandboxd.engine.outcome import Space
 from sandboxd.errors import InvalidRequest
 from sandboxd.wire import DEPTH, check_guest_path
 
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sandboxd.cellfiles import CellFiles
+    from sandboxd.zygote import CellFds
 
-__all__ = ["Collected", "Known", "collect", "is_untouched", "make_source", "put_files", "settled", "usage"]
+__all__ = ["Collected", "Known", "collect", "is_untouched", "make_source", "put_files", "settled", "spaces"]
 
 ENTRIES: Final = 100_000
 NAMES_BYTES: Final = 4 << 20
@@ -96,17 +98,26 @@ def settled(known: Known) -> bool:
     return time.clock_gettime_ns(_REALTIME_COARSE) > latest
 
 
-def usage(workspace: int) -> tuple[int, int]:
-    """Free bytes and free inodes of the cell's /workspace. Source: fstatvfs(3)."""
-    found = os.fstatvfs(workspace)
-    return found.f_bavail * found.f_frsize, found.f_favail
+def spaces(fds: CellFds) -> list[Space]:
+    """What is free in the file systems that the cell may write to. Source: fstatvfs(3)."""
+    found: list[Space] = []
+    for place, fd in (("/workspace", fds.workspace), ("/tmp", fds.tmp), ("/dev/shm", fds.shm)):  # noqa: S108
+        facts = os.fstatvfs(fd)
+        found.append(Space(place, facts.f_bavail * facts.f_frsize, facts.f_favail))
+    return found
 
 
-def is_large(workspace: int) -> bool:
-    """Whether freeing the file system takes a millisecond or more: 0.2 ms for each MiB, a few µs for each file."""
-    found = os.fstatvfs(workspace)
-    used = (found.f_blocks - found.f_bfree) * found.f_frsize
-    return used > _LARGE_BYTES or found.f_files - found.f_ffree > _LARGE_FILES
+def is_large(fds: CellFds) -> bool:
+    """Whether freeing the cell's file systems takes a millisecond or more: 0.2 ms for each MiB, some µs for each
+    file.
+    """
+    size = files = 0
+    for fd in (fds.workspace, fds.tmp, fds.shm):
+        if fd >= 0:
+            facts = os.fstatvfs(fd)
+            size += (facts.f_blocks - facts.f_bfree) * facts.f_frsize
+            files += facts.f_files - facts.f_ffree
+    return size > _LARGE_BYTES or files > _LARGE_FILES
 
 
 def is_untouched(workspace: int, known: Known) -> bool:
