@@ -134,6 +134,10 @@ def test_exit_status_of_an_error(error: SandboxError, status: int) -> None:
             "'sandboxd policy show NAME' lists the system calls that are allowed",
         ),
         (ended("killed", signal=signal.SIGSEGV), "killed: the program ended by signal 11 (SIGSEGV)"),
+        (
+            ended("killed", signal=signal.SIGBUS, limits_hit=[hit("shm_bytes", 256 << 20, "statfs", "0 bytes free")]),
+            "killed: the program ended by signal 7 (SIGBUS); limits reached: shm_bytes=256M (statfs: 0 bytes free)",
+        ),
         (ended("error", exit_code=3), "error: the program ended with exit status 3"),
         (
             ended("error", error=SimpleNamespace(type="ValueError", message="no such month", line=12)),
@@ -680,6 +684,11 @@ def test_run_hands_over_arguments_environment_and_stdin() -> None:
         ("import os; os.abort()", 134, "killed: the program ended by signal 6 (SIGABRT)"),
         ("import os; os.kill(os.getpid(), 11)", 139, "killed: the program ended by signal 11 (SIGSEGV)"),
         ("import time; time.sleep(60)", 124, "limit wall_seconds=1"),
+        (
+            "open('/tmp/f', 'wb').write(bytes(80 << 20))",
+            1,
+            "limits reached: tmp_bytes=64M (statfs: 0 bytes free in /tmp",
+        ),
         ("x = b'x' * (1 << 30)", 1, "MemoryError"),
         ("while True: print('x' * 8000)", 153, "limit output_stop_bytes=8M"),
     ],

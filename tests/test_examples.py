@@ -137,7 +137,7 @@ OUTCOMES: dict[str, tuple[set[str], int, str | None, str]] = {
     "outlive": ({"ok"}, 0, None, "the main program ends now"),
     "output_flood": ({"output"}, 153, "output_stop_bytes", "dull boy"),
     "read_host_files": ({"ok"}, 0, None, "/etc/shadow: No such file or directory"),
-    "shared_memory_hog": ({"ok"}, 0, None, "/dev/shm/fill: No space left on device"),
+    "shared_memory_hog": ({"ok"}, 0, "shm_bytes", "/dev/shm/fill: No space left on device"),
     "swallow_sigterm": ({"timeout"}, 124, "wall_seconds", "not listening"),
     "thread_bomb": ({"ok"}, 0, "pids", "can't start new thread"),
 }

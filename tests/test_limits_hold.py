@@ -4,16 +4,19 @@
 
 from __future__ import annotations
 
+import signal
 import textwrap
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd import Limits, Result, Sandbox
+from sandboxd import Limits, PolicyError, Result, Sandbox
 from tests.patience import SLOWER
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sandboxd.result import LimitHit
 
 pytestmark = pytest.mark.usefixtures("prompt")
@@ -284,22 +287,126 @@ def test_memory_that_was_nearly_used_up_is_ok(sandbox: Sandbox) -> None:
 # --- file systems -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/dev/shm/f", "/tmp/f", "/workspace/f"])
-def test_a_full_file_system_is_contained_and_named(sandbox: Sandbox, path: str) -> None:
-    result = inside(sandbox, f"{FILL}fill({path!r})", workspace_bytes=8 * MIB, memory_bytes=96 * MIB, wall_seconds=20)
+SPACES = {"/workspace": "workspace_bytes", "/tmp": "tmp_bytes", "/dev/shm": "shm_bytes"}
+
+
+def full_ones(result: Result) -> dict[str, object]:
+    """The file systems that were full at the end, by their limits, with the values of these."""
+    return {one.limit: one.value for one in result.limits_hit if one.evidence.source == "statfs"}
+
+
+@pytest.mark.parametrize(("place", "limit"), SPACES.items())
+def test_a_full_file_system_is_contained_and_named(sandbox: Sandbox, place: str, limit: str) -> None:
+    result = inside(sandbox, f"{FILL}fill('{place}/f')", **{limit: 8 * MIB}, memory_bytes=96 * MIB, wall_seconds=20)
     assert (result.status, result.exit_code) == ("error", 1)
     assert result.error is not None
-    if path == "/tmp/f":  # as large as file_bytes is: whichever comes first
-        assert result.error.type == "OSError"
-    else:
-        assert (result.error.type, result.error.line) == ("OSError", 3)
-        assert "No space left" in result.error.message
-        if path == "/workspace/f":
-            found = hit(result, "workspace_bytes")
-            assert (found.value, found.evidence.source) == (8 * MIB, "statfs")
-        else:
-            assert [one for one in result.limits_hit if one.limit.startswith("workspace_")] == []
+    assert (result.error.type, result.error.line) == ("OSError", 3)
+    assert "No space left" in result.error.message
+    assert full_ones(result) == {limit: 8 * MIB}
+    assert hit(result, limit).evidence.detail == f"0 bytes free in {place} at the end"
     assert_serves(sandbox)
+
+
+@pytest.mark.parametrize(("place", "limit"), SPACES.items())
+def test_a_full_file_system_is_named_when_the_program_went_on(sandbox: Sandbox, place: str, limit: str) -> None:
+    code = f"{FILL}try: fill('{place}/f')\nexcept OSError: print('full')"
+    result = inside(sandbox, code, **{limit: 4 * MIB})
+    assert (result.status, result.stdout) == ("ok", "full\n")
+    assert full_ones(result) == {limit: 4 * MIB}
+
+
+@pytest.mark.parametrize(("place", "limit"), SPACES.items())
+def test_a_file_without_a_name_fills_a_file_system_too(sandbox: Sandbox, place: str, limit: str) -> None:
+    code = f"""
+    import os, tempfile
+    file = tempfile.TemporaryFile(dir="{place}", buffering=0)
+    try:
+        while True: file.write(bytes(1 << 20))
+    except OSError: print("full", flush=True)
+    while True: pass
+    """
+    result = inside(sandbox, code, **{limit: 4 * MIB}, wall_seconds=0.5 * SLOWER)
+    assert (result.status, result.stdout) == ("timeout", "full\n")
+    assert full_ones(result) == {limit: 4 * MIB}
+
+
+@pytest.mark.parametrize(("place", "limit"), SPACES.items())
+def test_a_mapped_file_without_room_is_a_sigbus_with_its_cause(sandbox: Sandbox, place: str, limit: str) -> None:
+    code = f"""
+    import mmap
+    file = open("{place}/f", "w+b")
+    file.truncate(16 << 20)
+    mapped = mmap.mmap(file.fileno(), 0)
+    for n in range(0, 16 << 20, 4096): mapped[n] = 1
+    """
+    result = inside(sandbox, code, **{limit: 4 * MIB})
+    assert (result.status, result.signal) == ("killed", signal.SIGBUS)
+    assert full_ones(result) == {limit: 4 * MIB}
+    detail = hit(result, limit).evidence.detail
+    assert detail == f"0 bytes free in {place} at the end; SIGBUS is how a mapped file says that it has no room"
+    assert_serves(sandbox)
+
+
+def test_a_mapped_file_that_was_cut_short_is_a_sigbus_of_no_limit(sandbox: Sandbox) -> None:
+    code = """
+    import mmap
+    file = open("/tmp/f", "w+b")
+    file.truncate(8192)
+    mapped = mmap.mmap(file.fileno(), 0)
+    file.truncate(0)
+    mapped[0]
+    """
+    result = inside(sandbox, code)
+    assert (result.status, result.signal, full_ones(result)) == ("killed", signal.SIGBUS, {})
+
+
+def test_shared_memory_that_is_larger_than_its_room(sandbox: Sandbox) -> None:
+    code = """
+    from multiprocessing import shared_memory
+    shared = shared_memory.SharedMemory(create=True, size=16 << 20)
+    for n in range(0, 16 << 20, 4096): shared.buf[n] = 1
+    """
+    result = inside(sandbox, code, shm_bytes=4 * MIB)
+    assert (result.status, result.signal) == ("killed", signal.SIGBUS)
+    assert full_ones(result) == {"shm_bytes": 4 * MIB}
+    fits = inside(sandbox, code.replace("16 <<", "3 <<") + "shared.close(); shared.unlink()", shm_bytes=4 * MIB)
+    assert (fits.status, full_ones(fits)) == ("ok", {})
+
+
+def test_shared_memory_is_half_of_the_memory_unless_it_has_a_size(sandbox: Sandbox) -> None:
+    code = "import os; found = os.statvfs('/dev/shm'); print(found.f_blocks * found.f_frsize >> 20)"
+    for limits, size in (
+        ({}, 256),
+        ({"memory_bytes": 96 * MIB}, 48),
+        ({"memory_bytes": 96 * MIB, "shm_bytes": 60 * MIB}, 60),
+    ):
+        assert inside(sandbox, code, **limits).stdout == f"{size}\n"
+    full = inside(sandbox, f"{FILL}fill('/dev/shm/f')", memory_bytes=96 * MIB)
+    assert (full.status, full_ones(full)) == ("error", {"shm_bytes": 48 * MIB})
+
+
+@pytest.mark.parametrize("place", ["/tmp", "/dev/shm"])
+def test_a_file_system_without_inodes_is_full(sandbox: Sandbox, place: str) -> None:
+    code = f"import os\nos.chdir('{place}')\nfor n in range(20_000): os.symlink('x', f'l{{n}}')"
+    result = inside(sandbox, code, wall_seconds=20)
+    assert result.status == "error"
+    found = hit(result, SPACES[place])
+    assert (found.evidence.source, found.evidence.detail) == ("statfs", f"no inode free in {place} at the end")
+    assert len(full_ones(result)) == 1
+    assert_serves(sandbox)
+
+
+def test_a_policys_own_sizes_hold(tmp_path: Path) -> None:
+    file = tmp_path / "small.toml"
+    file.write_text('name = "small"\n[limits]\ntmp_bytes = "2M"\nshm_bytes = "1M"\n')
+    code = f"{FILL}for place in ('/tmp/f', '/dev/shm/f'):\n    try: fill(place)\n    except OSError: print('full')"
+    with Sandbox(file) as sandbox:
+        for limits in (None, Limits(tmp_bytes="1M")):
+            result = sandbox.run(code, limits=limits)
+            assert (result.status, result.stdout) == ("ok", "full\nfull\n")
+            assert full_ones(result) == {"tmp_bytes": (1 if limits else 2) * MIB, "shm_bytes": MIB}
+        with pytest.raises(PolicyError, match="3M is wider than the 2M"):
+            sandbox.run(code, limits=Limits(tmp_bytes="3M"))
 
 
 def test_a_million_files(sandbox: Sandbox) -> None:

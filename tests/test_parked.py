@@ -595,6 +595,10 @@ def test_a_limit_that_is_narrowed_holds_in_a_parked_cell(
             {"workspace_bytes": 1 << 20}, "open('f', 'wb').write(bytes(2 << 20))", "No space left", id="workspace-bytes"
         ),
         pytest.param({"workspace_files": 3}, "for n in range(9): open(str(n), 'w')", "No space left", id="files"),
+        pytest.param({"tmp_bytes": 1 << 20}, "open('/tmp/f', 'wb').write(bytes(2 << 20))", "tmp_bytes", id="tmp-bytes"),
+        pytest.param(
+            {"shm_bytes": 1 << 20}, "open('/dev/shm/f', 'wb').write(bytes(2 << 20))", "shm_bytes", id="shm-bytes"
+        ),
         pytest.param(
             {"open_files": 16}, "kept = [open('/dev/null') for _ in range(20)]", "Too many open files", id="open-files"
         ),
@@ -615,6 +619,19 @@ def test_a_limit_that_is_built_in_gets_a_cell_of_its_own(
     assert said in result.stderr + f"{result.status} {' '.join(hits(result))}"
     # Nobody else gets that cell.
     assert parked(warm, "kept = [open(f'{n}', 'wb').write(bytes(300_000)) for n in range(10)]", "engine").status == "ok"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("place", ["/workspace", "/tmp", "/dev/shm"])
+def test_a_file_system_that_was_filled_in_a_parked_cell_is_named(way: str, place: str) -> None:
+    limits = Limits(workspace_bytes=4 << 20, tmp_bytes=4 << 20, shm_bytes=4 << 20)
+    with Sandbox(limits=limits, pool=FIXED) as sandbox:
+        for end in ("pass", "print('full')", "raise"):
+            code = f"try: open('{place}/f', 'wb').write(bytes(5 << 20))\nexcept OSError: {end}"
+            result = parked(sandbox, code, way)
+            assert result.status == ("error" if end == "raise" else "ok")
+            assert hits(result) - {"cpus"} == {f"{place.rpartition('/')[2]}_bytes"}
+        assert hits(parked(sandbox, f"open('{place}/f', 'wb').write(bytes(3 << 20))", way)) <= {"cpus"}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -375,12 +375,29 @@ def test_closing_frees_what_is_kept(sandbox: Sandbox) -> None:
 
 # What to do next
 
+MAPPED = "import mmap; f = open('/tmp/a', 'w+b'); f"
 NEXT = [
     ("while True: pass", "timeout", "It ran for the whole 0.5 s and was stopped. Do less work"),
     ("import time; time.sleep(60)", "timeout", "It was mostly waiting: remove sleeps"),
     ("while True: pass ", "timeout", "or ask for a longer `timeout`, up to 30."),
     ("open('a', 'wb').write(bytes(100 << 20))", "error", "/workspace holds 64 MiB. Write less"),
     ("for n in range(5000): open(str(n), 'w').close()", "error", "/workspace holds 4096 files. Write fewer."),
+    ("open('/tmp/a', 'wb').write(bytes(100 << 20))", "error", "It may have 64 MiB and 16,384 files in /tmp."),
+    (
+        "open('/dev/shm/a', 'wb').write(bytes(300 << 20))",
+        "error",
+        "It may have 256 MiB and 16,384 files in /dev/shm.",
+    ),
+    (
+        f"{MAPPED}.truncate(300 << 20); m = mmap.mmap(f.fileno(), 0); m[:] = bytes(len(m))",
+        "killed",
+        "/tmp, which holds 64 MiB, was full.",
+    ),
+    (
+        f"{MAPPED}.truncate(9); m = mmap.mmap(f.fileno(), 0); f.truncate(0); m[0]",
+        "killed",
+        "was cut short, or had no room left.",
+    ),
     ("b'x' * (900 << 20) and None", "memory", "It needed more than 512 MiB of memory"),
     ("while True: print('x' * 1000)", "output", "It printed more than 8 MiB and was stopped."),
     ("import ctypes; ctypes.CDLL(None).abort()", "killed", "The program aborted itself"),

@@ -125,8 +125,21 @@ def _denied(result: Result) -> str:
     return f"It made a system call that is not allowed here{name}. Do it another way, in plain Python."
 
 
+_MAPPED: Final = {"shm_bytes": "/dev/shm", "tmp_bytes": "/tmp", "workspace_bytes": "/workspace"}  # noqa: S108
+
+
+def _bus_error(result: Result) -> str:
+    hit = _hit(result, *_MAPPED)
+    if hit is not None:
+        where = f"{_MAPPED[hit.limit]}, which holds {_spelled(hit)}, was full"
+        return f"A mapped file or shared memory had no room: {where}. Map or share less at a time."
+    return "A mapped file or shared memory was cut short, or had no room left. Map or share less at a time."
+
+
 def _killed(result: Result) -> str:
-    if result.signal in (11, 7, 4, 8):
+    if result.signal == 7:
+        return _bus_error(result)
+    if result.signal in (11, 4, 8):
         return "The interpreter crashed, in native code most likely. Avoid the call that the last output points to."
     if result.signal == 6:
         return "The program aborted itself, in native code most likely. Avoid the call that the last output points to."
@@ -186,6 +199,8 @@ _TOUCHED: Final = {
     "pids": "It may have {} processes and threads. Start fewer.",
     "workspace_bytes": "/workspace holds {}. Write less, or delete what is done with.",
     "workspace_files": "/workspace holds {} files. Write fewer.",
+    "tmp_bytes": "It may have {} and 16,384 files in /tmp. Write less, or delete what is done with.",
+    "shm_bytes": "It may have {} and 16,384 files in /dev/shm. Share less, or unlink what is done with.",
     "file_bytes": "One file may have {}. Write less.",
     "open_files": "It may have {} files open at once. Close them: use `with`.",
 }
