@@ -235,7 +235,10 @@ class Leases:
         """
         if self.lease is None or self.lease.identity != identity:
             return None
-        return self.start(ago_seconds)
+        run = self.start(ago_seconds)
+        if run is not None:
+            run.began(ago_seconds)  # the alarm may have been told late
+        return run
 
     def begun(self) -> CellRun | None:
         """The run that the caller has started, if there is one."""

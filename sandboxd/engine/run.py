@@ -163,6 +163,13 @@ class CellRun:
         cell.go(with_streams=False)
         self.ran_out()  # it may have happened already
 
+    def began(self, ago_seconds: float) -> None:
+        """Its caller says that it began so long ago, which may be earlier than was known here."""
+        if self.started is not None and (late := self.started - (time.monotonic() - ago_seconds)) > 0:
+            self.started -= late
+            self.wall_end -= late
+            self._engine.clock.changed(self)
+
     def adopt_lost(self, cell: Cell) -> None:
         """The caller handed its program to *cell*, which is dead with its zygote."""
         self.cell = cell
