@@ -19,7 +19,7 @@ from sandboxd.errors import PolicyError
 from sandboxd.seccomp_bpf import check, compile, run
 from sandboxd.seccomp_cache import cached_compile, cached_layers
 from sandboxd.seccomp_layers import Layers, compile_layers
-from sandboxd.seccomp_rules import ALLOW, KILL, LOG, Action, Answer, Arguments, Profile, Rule, Test, refuse
+from sandboxd.seccomp_rules import ALLOW, KILL, LOG, SUCCEED, Action, Answer, Arguments, Profile, Rule, Test, refuse
 from sandboxd.syscalls import NAMES, NEWEST, NUMBERS
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ __all__ = [
     "CELLS_NEED",
     "KILL",
     "LOG",
+    "SUCCEED",
     "Action",
     "Answer",
     "Arguments",
@@ -83,7 +84,8 @@ def effective(profile: str | Path, allow: Sequence[str] = (), deny: Sequence[str
     *profile* is a shipped profile's name, or the path of a file: ``.json`` is an OCI profile, ``.toml`` one of our own
     form. A name in *allow* is allowed whatever its arguments: it lifts a refusal and an argument rule alike, because
     the operator named the call, and clone3 or io_uring have nothing that a rule could look at; who wants less writes a
-    profile. A name in *deny* answers EPERM, unless the profile refuses it already: then its errno stays.
+    profile. A name in *deny* answers EPERM, unless the profile refuses it already: then its errno stays. What the
+    profile answers with success is not refused.
 
     Raises PolicyError for a profile that is missing or wrong, an unknown name (with the nearest known), a name in both
     lists, and for a result that refuses what every cell needs.
@@ -101,7 +103,7 @@ def effective(profile: str | Path, allow: Sequence[str] = (), deny: Sequence[str
         replaced[NUMBERS[name]] = Rule(NUMBERS[name], ALLOW, (), "the policy allows it, with any arguments")
     for name in deny:
         number = NUMBERS[name]
-        if any(answer.action.permits for answer in chosen.verdict(number)):
+        if any(answer.action.permits or answer.action == SUCCEED for answer in chosen.verdict(number)):
             replaced[number] = Rule(number, refuse(1), (), "the policy denies it")
     rules = (*(rule for rule in chosen.rules if rule.number not in replaced), *replaced.values())
     result = Profile(chosen.name, chosen.default_action, rules, chosen.description, chosen.ignored)

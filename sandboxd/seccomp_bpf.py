@@ -42,7 +42,7 @@ __all__ = [
     "run",
 ]
 
-IMPLEMENTATION: Final = 1
+IMPLEMENTATION: Final = 2
 """Raised whenever the same rules come to another program; part of the cache's key."""
 
 INSTRUCTIONS_MAX: Final = 4096
@@ -98,11 +98,11 @@ class _Instruction:
 def compile(profile: Profile, *, marker_errno: int | None = None) -> bytes:
     """The program of *profile*: an array of ``struct sock_filter`` in native byte order.
 
-    With *marker_errno* every refusal answers that errno instead of its own, so that a sweep over all numbers can tell
-    the filter's answer from the kernel's; kills stay kills. Costs tens of milliseconds: pyseccomp, imported only here,
-    starts ldconfig. Raises PolicyError when the profile needs more instructions than the kernel takes, Unavailable
-    when libseccomp is missing or makes something else than what was asked, ValueError for a marker that no call can
-    answer.
+    With *marker_errno* every answer of the filter, success too, is that errno instead of its own, so that a sweep over
+    all numbers can tell it from the kernel's; kills stay kills. Costs tenths of a second: pyseccomp, imported only
+    here, starts ldconfig, and the proof evaluates each row. Raises PolicyError when the profile needs more
+    instructions than the kernel takes, Unavailable when libseccomp is missing or makes something else than what was
+    asked, ValueError for a marker that no call can answer.
     """
     shown = profile if marker_errno is None else marked(profile, marker_errno)
     sections: dict[_Rows, int] = {}
@@ -218,17 +218,17 @@ def _returned(action: Action) -> int:
             return _ALLOW
         case "log":
             return _LOG
-        case "errno":
+        case "succeed" | "errno":
             return _ERRNO | action.errno
         case "kill":
             return _KILL_PROCESS
 
 
 def marked(profile: Profile, errno: int) -> Profile:
-    """*profile* with *errno* in place of that of each refusal. Raises ValueError for one that no call can answer."""
+    """*profile* with *errno* as each of the filter's answers. Raises ValueError for one that no call can answer."""
 
     def mark(action: Action) -> Action:
-        return refuse(errno) if action.kind == "errno" else action
+        return refuse(errno) if action.answers else action
 
     rules = tuple(Rule(rule.number, mark(rule.action), rule.tests, rule.reason) for rule in profile.rules)
     return Profile(profile.name, mark(profile.default_action), rules)
@@ -373,10 +373,10 @@ def _branches(numbers: list[int]) -> list[_Instruction]:
 
 
 def _section(rows: _Rows) -> list[_Instruction]:
-    """Code that asks *rows* in order and returns the first one's action whose tests all hold; the last has no tests."""
+    """Code that returns the action of the first of *rows* whose tests all hold; the last has no tests."""
     code: list[_Instruction] = []
     loaded: tuple[int, int] | None = None  # argument and mask in the accumulator on every way that leads here
-    for (action, word), group in itertools.groupby(rows, key=lambda row: (row[0], _single(row[1]))):
+    for (action, word), group in itertools.groupby(_fewest(rows), key=lambda row: (row[0], _single(row[1]))):
         if word is None:
             for _, tests in group:
                 comparisons = [one for test in tests for one in _compare(test)]
@@ -389,6 +389,24 @@ def _section(rows: _Rows) -> list[_Instruction]:
             for values in _chunks([tests[0].value for _, tests in group], 128):
                 code += _one_of(values, _returned(action))
     return code
+
+
+def _fewest(rows: _Rows) -> Iterator[tuple[Action, tuple[Test, ...]]]:
+    """*rows* in an order that means the same and is asked faster.
+
+    Successive rows that ask whether one int is this or that value exclude each other, so their order is free: what is
+    allowed comes first, in the order of the profile. Those right before the last row that answer what it answers are
+    left out.
+    """
+    left = len(rows)
+    for word, group in itertools.groupby(rows, key=lambda row: _single(row[1])):
+        run = list(group)
+        left -= len(run)
+        if word is not None:
+            run.sort(key=lambda row: not row[0].permits)
+            if left == 1:
+                run = [row for row in run if row[0] != rows[-1][0]]
+        yield from run
 
 
 def _single(tests: tuple[Test, ...]) -> tuple[int, int] | None:

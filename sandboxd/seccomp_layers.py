@@ -97,12 +97,11 @@ SPAWN: Final = (
     Need("munmap", "malloc"),
     Need("mremap", "malloc: a large block grows"),
     Need("mprotect", "the heap's new mapping as the old one was"),
-    # Not MADV_MERGEABLE, COLD, PAGEOUT, COLLAPSE.
-    Need(
-        "madvise",
-        "malloc gives back; pages are populated ahead",
-        tuple(Test(2, "!=", advice) for advice in (12, 20, 21, 25)),
-    ),
+    Need("madvise", "MADV_DONTNEED: malloc gives back", (Test(2, "==", 4),)),
+    Need("madvise", "MADV_FREE: other allocators give back", (Test(2, "==", 8),)),
+    Need("madvise", "MADV_DONTFORK: the zygote's table of its cells", (Test(2, "==", 10),)),
+    Need("madvise", "MADV_POPULATE_READ: pages are populated ahead", (Test(2, "==", 22),)),
+    Need("madvise", "MADV_POPULATE_WRITE: pages are populated ahead", (Test(2, "==", 23),)),
     Need("memfd_create", "the heap's file", (Test(1, "==", 0, 0x4),)),  # no MFD_HUGETLB
     Need("ftruncate", "the heap's file has its final size"),
     Need("fcntl", "F_ADD_SEALS: nobody writes to the heap's file any more", (Test(1, "==", 1033),)),

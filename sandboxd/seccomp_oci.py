@@ -5,6 +5,8 @@ architecture and kernel version. What the file asks is read so that the result i
 
 - among rules that match a call, the most restrictive decides, in whatever order they stand; runtimes leave that open;
 - killing a thread becomes killing the process;
+- SCMP_ACT_ERRNO with ``errnoRet`` 0 is a success without the kernel, as it is to libseccomp; as the default of a file
+  it is an error: a program would take for done whatever the file does not name;
 - a comparison of 64 bits with a number that fits into 32 looks at the low 32 where ignoring the high ones could only
   refuse more, because the kernel takes an int from the low half of a register (CVE-2019-7303);
 - a name that is no call of x86-64 is left out of what is allowed, and refused in what is refused, unless libseccomp
@@ -24,7 +26,20 @@ from typing import Any, Final, cast
 
 from sandboxd.errors import PolicyError
 from sandboxd.seccomp_profile import unknown_call
-from sandboxd.seccomp_rules import ALLOW, ERRNO_MAX, KILL, LOG, WORD, Action, Operator, Profile, Rule, Test, refuse
+from sandboxd.seccomp_rules import (
+    ALLOW,
+    ERRNO_MAX,
+    KILL,
+    LOG,
+    SUCCEED,
+    WORD,
+    Action,
+    Operator,
+    Profile,
+    Rule,
+    Test,
+    refuse,
+)
 from sandboxd.syscalls import NUMBERS
 
 __all__ = ["parse"]
@@ -214,9 +229,10 @@ class _Reader:
         if word == "SCMP_ACT_ERRNO":
             if errno is None:
                 return refuse(1)  # EPERM, as runc
-            if not isinstance(errno, int) or isinstance(errno, bool) or not 1 <= errno <= ERRNO_MAX:
-                raise self.wrong(f"{under}{errno_name}", f"it must be an errno from 1 to {ERRNO_MAX}")
-            return refuse(errno)
+            least = 1 if name == "defaultAction" else 0
+            if not isinstance(errno, int) or isinstance(errno, bool) or not least <= errno <= ERRNO_MAX:
+                raise self.wrong(f"{under}{errno_name}", f"it must be an errno from {least} to {ERRNO_MAX}")
+            return refuse(errno) if errno else SUCCEED
         if not isinstance(word, str) or word not in _ACTIONS:
             known = ", ".join(("SCMP_ACT_ERRNO", *_ACTIONS))
             raise self.wrong(f"{under}{name}", f"{word!r} is not supported; allowed: {known}")

@@ -11,7 +11,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from sandboxd.errors import PolicyError
-from sandboxd.seccomp_rules import ALLOW, WORD, Action, Operator, Profile, Rule, Test, refuse
+from sandboxd.seccomp_rules import ALLOW, SUCCEED, WORD, Action, Operator, Profile, Rule, Test, refuse
 from sandboxd.syscalls import NUMBERS, nearest
 
 if TYPE_CHECKING:
@@ -51,11 +51,11 @@ class _Reader:
         self.rules: list[Rule] = []
 
     def read(self, document: Mapping[str, Any]) -> Profile:
-        self.only(document, "", {"name", "description", "default", "allow", "rule", "deny"})
+        self.only(document, "", {"name", "description", "default", "allow", "rule", "succeed", "deny"})
         name = self.text(document, "name", "")
         description = self.text(document, "description", "")
         default = self.outcome(self.text(document, "default", ""), "default")
-        if default.permits:
+        if default.kind != "errno":
             raise self.wrong("default", "it must be the name of an errno: what a profile does not name is refused")
         for group, calls in self.table(document.get("allow", {}), "allow").items():
             for call in self.table(calls, f"allow.{group}"):
@@ -63,27 +63,36 @@ class _Reader:
                 self.rules.append(Rule(self.place(call, key), ALLOW, (), self.text(calls, call, f"allow.{group}.")))
         for index, entry in enumerate(self.array(document.get("rule", []), "rule")):
             self.rule(self.table(entry, f"rule[{index}]"), f"rule[{index}]")
+        for group, entry in self.table(document.get("succeed", {}), "succeed").items():
+            self.succeed(self.table(entry, f"succeed.{group}"), f"succeed.{group}")
         for group, entry in self.table(document.get("deny", {}), "deny").items():
             self.deny(self.table(entry, f"deny.{group}"), f"deny.{group}")
         return Profile(name, default, tuple(self.rules), description)
 
+    def succeed(self, entry: Mapping[str, Any], key: str) -> None:
+        self.only(entry, f"{key}.", {"reason", "calls"})
+        self.whole(SUCCEED, entry, key)
+
     def deny(self, entry: Mapping[str, Any], key: str) -> None:
         self.only(entry, f"{key}.", {"errno", "reason", "calls"})
-        action = self.refusal(self.text(entry, "errno", f"{key}."), f"{key}.errno")
+        self.whole(self.refusal(self.text(entry, "errno", f"{key}."), f"{key}.errno"), entry, key)
+
+    def whole(self, action: Action, entry: Mapping[str, Any], key: str) -> None:
+        """Add *action* for the calls of *entry*, whatever their arguments."""
         reason = self.text(entry, "reason", f"{key}.")
         for call in self.calls(entry, key):
             self.rules.append(Rule(self.place(call, f"{key}.calls"), action, (), reason))
 
     def rule(self, entry: Mapping[str, Any], key: str) -> None:
-        self.only(entry, f"{key}.", {"calls", "reason", "refuse", "allow", "otherwise"})
+        self.only(entry, f"{key}.", {"calls", "reason", "refuse", "succeed", "allow", "otherwise"})
         calls = self.calls(entry, key)
         reason = self.text(entry, "reason", f"{key}.")
         rows: list[tuple[Action, tuple[Test, ...], str]] = []
-        for kind in ("refuse", "allow"):
+        for kind in ("refuse", "succeed", "allow"):
             for index, case in enumerate(self.array(entry.get(kind, []), f"{key}.{kind}")):
                 rows.append(self.case(self.table(case, f"{key}.{kind}[{index}]"), kind, f"{key}.{kind}[{index}]"))
         if not rows:
-            raise self.wrong(key, "it has neither a refuse nor an allow case; use [allow] or [deny] instead")
+            raise self.wrong(key, "it has no refuse, succeed or allow case; use [allow], [succeed] or [deny] instead")
         rows.append((self.outcome(self.text(entry, "otherwise", f"{key}."), f"{key}.otherwise"), (), reason))
         for call in calls:
             number = self.place(call, f"{key}.calls")
@@ -94,7 +103,10 @@ class _Reader:
         tests = [self.test({name: value for name, value in case.items() if name not in own}, key)]
         for index, more in enumerate(self.array(case.get("and", []), f"{key}.and")):
             tests.append(self.test(self.table(more, f"{key}.and[{index}]"), f"{key}.and[{index}]"))
-        action = ALLOW if kind == "allow" else self.refusal(self.text(case, "errno", f"{key}."), f"{key}.errno")
+        if kind == "refuse":
+            action = self.refusal(self.text(case, "errno", f"{key}."), f"{key}.errno")
+        else:
+            action = self.outcome(kind, key)
         return action, tuple(tests), self.text(case, "reason", f"{key}.")
 
     def test(self, case: Mapping[str, Any], key: str) -> Test:
@@ -140,7 +152,9 @@ class _Reader:
         return calls
 
     def outcome(self, word: str, key: str) -> Action:
-        return ALLOW if word == "allow" else self.refusal(word, key)
+        if word == "allow":
+            return ALLOW
+        return SUCCEED if word == "succeed" else self.refusal(word, key)
 
     def refusal(self, word: str, key: str) -> Action:
         if word not in _ERRNOS:

@@ -24,6 +24,7 @@ __all__ = [
     "KILL",
     "LOG",
     "NO_CALL",
+    "SUCCEED",
     "WORD",
     "Action",
     "Answer",
@@ -55,7 +56,7 @@ _ONES: Final[Arguments] = (_REGISTER, _REGISTER, _REGISTER, _REGISTER, _REGISTER
 class Action:
     """What happens to a call. *errno* is what it answers, from 1 to ERRNO_MAX, and 0 for all kinds but "errno"."""
 
-    kind: Literal["allow", "log", "errno", "kill"]
+    kind: Literal["allow", "log", "succeed", "errno", "kill"]
     errno: int = 0
 
     def __post_init__(self) -> None:
@@ -72,14 +73,24 @@ class Action:
         return self.kind in ("allow", "log")
 
     @property
+    def answers(self) -> bool:
+        """Does the filter answer in the kernel's place, so that the program goes on?"""
+        return self.kind in ("succeed", "errno")
+
+    @property
     def severity(self) -> int:
-        """Order in which the kernel ranks actions: a higher one is the more restrictive."""
-        return ("allow", "log", "errno", "kill").index(self.kind)
+        """Order in which the kernel ranks actions: a higher one is the more restrictive.
+
+        The kernel does not rank answers among each other; here an errno is more than a success.
+        """
+        return ("allow", "log", "succeed", "errno", "kill").index(self.kind)
 
 
 ALLOW: Final = Action("allow")
 LOG: Final = Action("log")
 """Allowed, with a line in the kernel's audit log."""
+SUCCEED: Final = Action("succeed")
+"""Returns 0, and the kernel does nothing (SECCOMP_RET_ERRNO with errno 0): for hints, and for flushes of memory."""
 KILL: Final = Action("kill")
 """Ends the whole process with SIGSYS (SECCOMP_RET_KILL_PROCESS)."""
 

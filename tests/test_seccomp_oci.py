@@ -132,6 +132,20 @@ def test_refusal_of_arguments_holds_beside_a_permission() -> None:
         assert (decide(profile, "dup", 7), decide(profile, "dup", 8)) == ("EBADF", "allow")
 
 
+def test_errno_zero_is_success_without_the_kernel_and_less_than_any_refusal() -> None:
+    succeeds = entry(["dup"], "SCMP_ACT_ERRNO", errnoRet=0)
+    for others, wanted in (
+        ([], "succeed"),
+        ([entry(["dup"])], "succeed"),
+        ([entry(["dup"], "SCMP_ACT_ERRNO")], "EPERM"),
+    ):
+        for syscalls in ([succeeds, *others], [*others, succeeds]):
+            profile = parse(syscalls=syscalls)
+            assert decide(profile, "dup") == wanted
+    program = seccomp.compile(parse(syscalls=[succeeds]))
+    assert seccomp.run(program, AUDIT_ARCH_X86_64, NUMBERS["dup"]) == 0x00050000
+
+
 COMPARISONS = [  # operator and value; what a permission then lets pass, and what not
     ("EQ", 5, 0, (5,), (4, 6, 5 | HIGH)),
     ("NE", 5, 0, (4, 6, HIGH), (5, 5 | HIGH)),
@@ -200,6 +214,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"defaultAction": "SCMP_ACT_TRAP"}, "defaultAction: 'SCMP_ACT_TRAP' is not supported"),
     ({"defaultAction": None}, "defaultAction: None is not supported"),
     ({"defaultErrnoRet": 0}, "defaultErrnoRet: it must be an errno from 1 to 4094"),
+    ({"syscalls": [entry(["dup"], "SCMP_ACT_ERRNO", errnoRet=-1)]}, "errnoRet: it must be an errno from 0 to 4094"),
     ({"defaultErrnoRet": 4095}, "defaultErrnoRet: it must be an errno from 1 to 4094"),
     ({"architectures": ["SCMP_ARCH_AARCH64"]}, "architectures: SCMP_ARCH_X86_64 is not among them"),
     ({"archMap": [{"architecture": "SCMP_ARCH_ARM"}]}, "archMap: SCMP_ARCH_X86_64 is not among them"),
