@@ -45,7 +45,7 @@ PATIENCE_SECONDS: Final = 0.01
 """What has not ended by then is the engine's to watch."""
 SOURCE_BYTES: Final = 24 << 10
 STREAM_BYTES: Final = 1 << 16
-"""What a pipe holds at most, pipe(7)."""
+"""What a pipe holds, pipe(7), unless an operator's profile lets programs make theirs larger (F_SETPIPE_SZ)."""
 FDS: Final = 8
 _HEAD: Final = struct.Struct("<Q")
 _quoted: Final = json.JSONEncoder().encode

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import signal
 import textwrap
@@ -171,6 +172,41 @@ ENDS_WELL = [
         "[(7,)]\n",
     ),
     (
+        "sqlite-durable",
+        "import sqlite3\nfor mode in ('delete', 'wal'):\n    c = sqlite3.connect(mode); c.execute(f'pragma journal_mode={mode}')\n"
+        "    c.execute('pragma synchronous=extra'); c.execute('create table t (a)')\n"
+        "    for i in range(20):\n        with c: c.execute('insert into t values (?)', (i,))\n"
+        "    c.close(); c = sqlite3.connect(mode)\n"
+        "    print(c.execute('select sum(a) from t').fetchone(), c.execute('pragma integrity_check').fetchone())",
+        "(190,) ('ok',)\n(190,) ('ok',)\n",
+    ),
+    (
+        "durable-file",
+        "import os\nwith open('f', 'w') as f:\n    f.write('kept'); f.flush(); os.fsync(f.fileno()); os.fdatasync(f)\n"
+        "    os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)\n"
+        "d = os.open('.', os.O_RDONLY); os.fsync(d); print(open('f').read())",
+        "kept\n",
+    ),
+    (
+        "mmap-of-a-file",
+        "import mmap\nwith open('f', 'w+b') as f:\n    f.truncate(8192); m = mmap.mmap(f.fileno(), 8192); m[:4] = b'kept'\n"
+        "    print(m.flush(), m.madvise(mmap.MADV_SEQUENTIAL)); m.close()\nprint(open('f', 'rb').read(4))",
+        "None None\nb'kept'\n",
+    ),
+    (
+        "record-locks",
+        "import fcntl, struct\nf = open('l', 'w')\nfcntl.lockf(f, fcntl.LOCK_EX); fcntl.lockf(f, fcntl.LOCK_UN)\n"
+        "print(struct.unpack('hhqqi', fcntl.fcntl(f, fcntl.F_OFD_GETLK, struct.pack('hhqqi', fcntl.F_WRLCK, 0, 0, 0, 0)))[0])",
+        "2\n",
+    ),
+    (
+        "socket-options",
+        "import socket; a, b = socket.socketpair(); a.settimeout(1); a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)\n"
+        "a.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)\n"
+        "print(a.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR), a.type, socket.socket(fileno=a.detach()).family)",
+        "0 1 1\n",
+    ),
+    (
         "tempfile",
         "import tempfile\nwith tempfile.NamedTemporaryFile('w+') as f:\n    f.write('t'); f.flush()\n"
         "    print(f.name.startswith('/tmp/'), open(f.name).read())",
@@ -198,6 +234,64 @@ def test_it_ends_well_with_this_output(sandbox: Sandbox, code: str, stdout: str)
     result = sandbox.run(code)
     assert (result.stdout, result.stderr) == (stdout, "")
     assert (result.status, result.exit_code, result.signal, result.error) == ("ok", 0, None, None)
+
+
+DIFFERS: list[tuple[str, str, str]] = [
+    ("fsync", "import os; os.fsync(99)", "none"),
+    ("fdatasync", "import os; os.fdatasync(99)", "none"),
+    ("dontneed", "import os; os.posix_fadvise(99, 0, 0, os.POSIX_FADV_DONTNEED)", "none"),
+    ("other-hints", "import os; os.posix_fadvise(99, 0, 0, os.POSIX_FADV_WILLNEED)", "EBADF"),
+    ("sync-of-a-range", "ctypes.CDLL(None).sync_file_range(99, 0, 0, 0) and os.close(99)", "none"),
+    ("msync", "libc = ctypes.CDLL(None); libc.msync(4096, 4096, 4) and os.close(99)", "none"),
+    ("asynchronous-msync", "libc = ctypes.CDLL(None); libc.msync(4096, 4096, 1) and os.close(99)", "EBADF"),
+    ("larger-pipe", "fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)", "EPERM"),
+    ("smaller-pipe", "fcntl.fcntl(os.pipe()[0], fcntl.F_SETPIPE_SZ, 4096)", "EPERM"),
+    ("subprocess-with-pipesize", "subprocess.Popen(['true'], stdin=subprocess.PIPE, pipesize=1 << 17)", "EPERM"),
+    ("command-of-tomorrow", "fcntl.fcntl(1, 1039)", "EINVAL"),
+    ("tcp-option", "socket.socketpair()[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)", "EOPNOTSUPP"),
+    ("cookie-of-a-socket", "socket.socketpair()[0].getsockopt(socket.SOL_SOCKET, 57, 8)", "ENOPROTOOPT"),
+]
+
+
+@pytest.mark.parametrize(("code", "answer"), [pytest.param(c, a, id=i) for i, c, a in DIFFERS])
+def test_it_differs_from_a_program_outside_as_the_policies_page_says(sandbox: Sandbox, code: str, answer: str) -> None:
+    result = inside(
+        sandbox,
+        f"""
+        import ctypes, errno, fcntl, os, socket, subprocess
+        try:
+            {code}
+        except OSError as error:
+            print(error.errno)
+        else:
+            print(0)
+        """,
+    )
+    assert result.stdout == f"{getattr(errno, answer, 0)}\n", result.stderr
+
+
+def test_git_keeps_a_history_with_every_flush_that_it_has(sandbox: Sandbox) -> None:
+    code = """
+    import shutil, subprocess, sys
+    if not shutil.which("git"):
+        sys.exit("no git")
+    def git(*words):
+        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.fsync=all", *words], check=True)
+    git("init", "-q")
+    for number in range(3):
+        with open("file", "a") as file:
+            file.write(f"{number}\\n")
+        git("add", "file")
+        git("commit", "-q", "-m", f"step {number}")
+    git("gc", "-q")
+    git("fsck", "--strict")
+    sys.stdout.flush()
+    git("--no-pager", "log", "--format=%s")
+    """
+    result = inside(sandbox, code)
+    if result.stderr == "no git\n":
+        pytest.skip("git is not installed")
+    assert (result.status, result.stdout) == ("ok", "step 2\nstep 1\nstep 0\n"), result.stderr
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

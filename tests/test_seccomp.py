@@ -9,7 +9,7 @@ import pytest
 
 from sandboxd import seccomp, seccomp_profile
 from sandboxd.errors import PolicyError
-from sandboxd.seccomp import KILL, Action, Profile, Rule, Test, refuse
+from sandboxd.seccomp import KILL, SUCCEED, Action, Profile, Rule, Test, refuse
 from sandboxd.syscalls import NAMES, NEWEST, NUMBERS, SINCE, nearest
 
 SHIPPED = ("default", "strict")
@@ -103,7 +103,7 @@ def test_rules_are_sorted_by_number(default: Profile) -> None:
 def test_default_allows_what_was_measured(default: Profile) -> None:
     # Traced: Python's standard library, multiprocessing in its three ways, numpy and scipy, node, bash.
     measured = (Path(__file__).parent / "fixtures" / "seccomp" / "measured.txt").read_text().split()
-    refused = {call for call in measured if not any(answer.action.permits for answer in default.verdict(NUMBERS[call]))}
+    refused = {call for call in measured if all(one.action.kind == "errno" for one in default.verdict(NUMBERS[call]))}
     # libc falls back to clone; BLAS does without.
     assert refused == {"clone3", "mbind"}
 
@@ -164,7 +164,17 @@ BY_ARGUMENTS = [
     ("setsockopt", (3, 1, 7), "allow", "allow"),
     ("setsockopt", (3, 1, 26), "EPERM", "EPERM"),  # SO_ATTACH_FILTER
     ("setsockopt", (3, 1 | HIGH, 26 | HIGH), "EPERM", "EPERM"),
-    ("setsockopt", (3, 6, 26), "allow", "allow"),  # another level's option
+    ("setsockopt", (3, 6, 1), "ENOTSUP", "ENOTSUP"),  # TCP_NODELAY
+    ("setsockopt", (3, 0, 1), "ENOTSUP", "ENOTSUP"),  # IP_TOS
+    ("setsockopt", (3, 41, 26), "ENOTSUP", "ENOTSUP"),
+    ("setsockopt", (3, 1, 76), "ENOPROTOOPT", "ENOPROTOOPT"),  # SO_PASSPIDFD
+    ("setsockopt", (3, 1, 46), "ENOPROTOOPT", "ENOPROTOOPT"),  # SO_BUSY_POLL
+    ("setsockopt", (3, 1 | HIGH, 7 | HIGH), "allow", "allow"),
+    ("getsockopt", (3, 1, 4), "allow", "allow"),  # SO_ERROR
+    ("getsockopt", (3, 1, 77), "ENOPROTOOPT", "ENOPROTOOPT"),  # SO_PEERPIDFD
+    ("getsockopt", (3, 1 | HIGH, 77 | HIGH), "ENOPROTOOPT", "ENOPROTOOPT"),
+    ("getsockopt", (3, 1, 57), "ENOPROTOOPT", "ENOPROTOOPT"),  # SO_COOKIE
+    ("getsockopt", (3, 6, 77), "ENOTSUP", "ENOTSUP"),
     ("ioctl", (0, 0x5401), "allow", "allow"),
     ("ioctl", (0, 0x5401 | HIGH), "allow", "allow"),
     ("ioctl", (0, 0x5412), "EPERM", "EPERM"),  # TIOCSTI
@@ -174,6 +184,28 @@ BY_ARGUMENTS = [
     ("fcntl", (0, 1), "allow", "allow"),
     ("fcntl", (0, 1024), "EPERM", "EPERM"),  # F_SETLEASE
     ("fcntl", (0, 1026 | HIGH), "EPERM", "EPERM"),  # F_NOTIFY
+    ("fcntl", (0, 1031, 1 << 20), "EPERM", "EPERM"),  # F_SETPIPE_SZ
+    ("fcntl", (0, 1031 | HIGH, 4096), "EPERM", "EPERM"),
+    ("fcntl", (0, 1032), "allow", "allow"),  # F_GETPIPE_SZ
+    ("fcntl", (0, 1036), "EINVAL", "EINVAL"),  # F_SET_RW_HINT
+    ("fcntl", (0, 1039), "EINVAL", "EINVAL"),  # F_GETDELEG, 6.19
+    ("fcntl", (0, 1033 | HIGH), "allow", "allow"),  # F_ADD_SEALS
+    ("madvise", (0, 0, 4 | HIGH), "allow", "allow"),  # MADV_DONTNEED
+    ("madvise", (0, 0, 12 | HIGH), "EINVAL", "EINVAL"),  # MADV_MERGEABLE
+    ("madvise", (0, 0, 26), "EINVAL", "EINVAL"),
+    ("madvise", (0, 0, 100), "EINVAL", "EINVAL"),  # MADV_HWPOISON
+    ("arch_prctl", (0x1002,), "allow", "allow"),  # ARCH_SET_FS
+    ("arch_prctl", (0x1002 | HIGH,), "allow", "allow"),
+    ("arch_prctl", (0x2002,), "EINVAL", "EINVAL"),  # ARCH_MAP_VDSO_32
+    ("arch_prctl", (0x5006,), "EINVAL", "EINVAL"),
+    ("fsync", (REGISTER,), "succeed", "succeed"),
+    ("fdatasync", (0,), "succeed", "succeed"),
+    ("sync_file_range", (0,), "succeed", "succeed"),
+    ("msync", (0, 0, 4), "succeed", "succeed"),  # MS_SYNC
+    ("msync", (0, 0, 6 | HIGH), "succeed", "succeed"),  # MS_SYNC, MS_INVALIDATE
+    ("msync", (0, 0, 3), "allow", "allow"),  # MS_ASYNC, MS_INVALIDATE
+    ("fadvise64", (0, 0, 0, 4 | HIGH), "succeed", "succeed"),  # POSIX_FADV_DONTNEED
+    ("fadvise64", (0, 0, 0, 3), "allow", "allow"),  # POSIX_FADV_WILLNEED
     ("prctl", (15,), "allow", "allow"),  # PR_SET_NAME
     ("prctl", (4, 1), "EPERM", "EPERM"),  # PR_SET_DUMPABLE
     ("prctl", (22, 2), "EPERM", "EPERM"),  # PR_SET_SECCOMP
@@ -245,6 +277,16 @@ def test_deny_keeps_the_errno_of_a_refusal() -> None:
     assert decide(seccomp.effective("default", deny=["clone3"]), "clone3") == "ENOSYS"
 
 
+def test_deny_refuses_what_the_profile_answers_with_success() -> None:
+    profile = seccomp.effective("default", deny=["fsync", "msync"])
+    assert (decide(profile, "fsync"), decide(profile, "msync", 0, 0, 4)) == ("EPERM", "EPERM")
+
+
+def test_allow_lets_through_what_the_profile_answers_with_success() -> None:
+    profile = seccomp.effective("default", allow=["fsync", "msync"])
+    assert (decide(profile, "fsync"), decide(profile, "msync", 0, 0, 4)) == ("allow", "allow")
+
+
 def test_deny_of_an_unlisted_call_of_a_profile_that_allows_by_default(tmp_path: Path) -> None:
     path = tmp_path / "open.json"
     path.write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
@@ -312,9 +354,12 @@ WRONG = [
     ("[deny.x]\nerrno = 'EPERM'\nreason = 'x'\ncalls = ['dup']\nnote = 'x'", "deny.x.note: there is no such key"),
     (
         "[[rule]]\ncalls = ['dup']\nreason = 'x'\notherwise = 'allow'",
-        "rule[0]: it has neither a refuse nor an allow case",
+        "rule[0]: it has no refuse, succeed or allow case",
     ),
     ("[[rule]]\ncalls = ['dup']\nreason = 'x'\nallow = [{arg = 0, is = 1, reason = 'x'}]", "rule[0].otherwise"),
+    ("[succeed.x]\ncalls = ['dup']", "succeed.x.reason: a text is missing here"),
+    ("[succeed.x]\nreason = 'x'\ncalls = ['read']", "succeed.x.calls: read already stands in allow.all.read"),
+    ("[succeed.x]\nerrno = 'EPERM'\nreason = 'x'\ncalls = ['dup']", "succeed.x.errno: there is no such key"),
     ("[other]", "other: there is no such key"),
     ("read = 'again'", "this is not TOML"),
 ]
@@ -347,9 +392,46 @@ def test_wrong_profile_is_refused_by_its_key(addition: str, message: str) -> Non
     assert caught.value.file == "small.toml"
 
 
-def test_default_that_allows_is_refused() -> None:
+@pytest.mark.parametrize("word", ["allow", "succeed"])
+def test_default_that_does_not_refuse_is_an_error(word: str) -> None:
     with pytest.raises(PolicyError, match="default: it must be the name of an errno"):
-        seccomp_profile.parse(MINIMAL.replace('"ENOSYS"', '"allow"'), "small.toml")
+        seccomp_profile.parse(MINIMAL.replace('"ENOSYS"', f'"{word}"'), "small.toml")
+
+
+SUCCEEDS = """
+[succeed.hints]
+reason = "r"
+calls = ["fsync"]
+[[rule]]
+calls = ["fadvise64"]
+reason = "r"
+refuse = [{ arg = 3, is = 9, errno = "EINVAL", reason = "r" }]
+succeed = [{ arg = 3, is = 4, reason = "r" }, { arg = 3, is = 9, reason = "r" }]
+allow = [{ arg = 3, is = 4, reason = "r" }, { arg = 3, is = 3, reason = "r" }]
+otherwise = "EPERM"
+[[rule]]
+calls = ["readahead"]
+reason = "r"
+refuse = [{ arg = 0, is = 3, errno = "EBADF", reason = "r" }]
+otherwise = "succeed"
+"""
+
+
+def test_success_without_the_kernel_is_asked_between_refusals_and_permissions() -> None:
+    profile = seccomp_profile.parse(MINIMAL + SUCCEEDS, "small.toml")
+    advices = [decide(profile, "fadvise64", 0, 0, 0, advice) for advice in (9, 4, 3, 0)]
+    assert advices == ["EINVAL", "succeed", "allow", "EPERM"]
+    assert [decide(profile, "fsync"), decide(profile, "readahead", 3), decide(profile, "readahead")] == [
+        "succeed",
+        "EBADF",
+        "succeed",
+    ]
+
+
+def test_case_of_success_has_no_errno() -> None:
+    text = MINIMAL + SUCCEEDS.replace("is = 4, reason", "is = 4, errno = 'EPERM', reason", 1)
+    with pytest.raises(PolicyError, match=r"rule\[0\].succeed\[0\].errno: "):
+        seccomp_profile.parse(text, "small.toml")
 
 
 @pytest.mark.parametrize("name", ["nothing", "Default", "../default", "/etc/passwd", "default.txt", ""])
@@ -369,8 +451,9 @@ def test_file_that_is_too_long_or_not_text(tmp_path: Path) -> None:
 
 
 def test_actions_read_well() -> None:
-    assert [str(Action("allow")), str(KILL), str(refuse(1)), str(refuse(4000))] == [
+    assert [str(Action("allow")), str(SUCCEED), str(KILL), str(refuse(1)), str(refuse(4000))] == [
         "allow",
+        "succeed",
         "kill",
         "EPERM",
         "errno 4000",

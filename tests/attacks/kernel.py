@@ -201,8 +201,25 @@ def _ioctls() -> Iterator[Attack]:
                 yield Attack(f"ioctl-{name}{suffix}", what, code, refusal, {"seccomp": refusal}, opens=("ENOTTY",))
 
 
+# The kernel would say EBADF, or ENOMEM for memory that is not mapped: only the filter can answer with success.
+_FLUSHES = {
+    "fsync": ("have the host's disk flush its cache, by a file that can only be read", "-1", "EBADF"),
+    "fdatasync": ("have the host's disk flush its cache, by a file that can only be read", "-1", "EBADF"),
+    "sync_file_range": ("have a file of the host written back", "-1, 0, 0, 7", "EBADF"),
+    "msync": ("have the host's disk flush its cache, by a mapping", "4096, 4096, 4", "ENOMEM"),
+    "fadvise64": ("drop pages of a file that others use from the page cache", "-1, 0, 0, 4", "EBADF"),
+}
+
+
+def _flushes() -> Iterator[Attack]:
+    for name, (what, arguments, kernels) in _FLUSHES.items():
+        code = f'call("{name}", {arguments})\nraise Refused("not-asked")'
+        yield Attack(f"call-{name}", what, code, "not-asked", {"seccomp": "not-asked"}, opens=(kernels,))
+
+
 ATTACKS = (
     *_calls(),
+    *_flushes(),
     *_HUGE_PAGES,
     *_ioctls(),
     Attack(
@@ -264,6 +281,20 @@ ATTACKS = (
         'fcntl.fcntl(os.open("/tmp/x", os.O_CREAT), 1024, fcntl.F_RDLCK)',
         "EPERM",
         {"seccomp": "EPERM"},
+    ),
+    Attack(
+        "pipe-size",
+        "use up the pages that the engine's pipes may have",
+        "fcntl.fcntl(os.pipe()[1], 1031, 1 << 17)",
+        "EPERM",
+        {"seccomp": "EPERM"},
+    ),
+    Attack(
+        "socket-cookie",
+        "a number that counts the sockets of the host",
+        "socket.socketpair()[0].getsockopt(1, 57, 8)",
+        "ENOPROTOOPT",
+        {"seccomp": "ENOPROTOOPT"},
     ),
     Attack(
         "notify",
