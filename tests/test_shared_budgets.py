@@ -16,7 +16,7 @@ from tests import leftovers
 from tests.modes import HAS_CGROUP, ONE_ID, policy_of
 
 FLUSHES: Final = 2_000
-"""Of one run. Others of this machine flush in the meantime, but hardly a tenth of it."""
+"""Asked for by one run, which takes a tenth of a second; what others of this machine flush meanwhile is far less."""
 GROWERS: Final = 24
 """Programs whose three streams, of 1 MiB each, would be more than an ordinary user's pipes may have (64 MiB)."""
 BY_DEFAULT: Final = [65536] * 3
@@ -77,11 +77,14 @@ def test_program_cannot_have_the_disk_flush_its_cache(sandbox: Sandbox) -> None:
             os.fsync(file)
     if flushes(device) - before < FLUSHES // 20:
         pytest.skip("in this kernel an fsync of /usr is no flush of its disk")
-    before = flushes(device)
-    result = sandbox.run(FLUSH, args=[path])
-    grown = flushes(device) - before
-    assert (result.status, result.stdout, result.stderr) == ("ok", "flushed\n", "")
-    assert grown < FLUSHES // 4
+
+    def caused() -> int:
+        before = flushes(device)
+        result = sandbox.run(FLUSH, args=[path])
+        assert (result.status, result.stdout, result.stderr) == ("ok", "flushed\n", "")
+        return flushes(device) - before
+
+    assert min(caused() for _ in range(3)) < FLUSHES // 4
 
 
 @pytest.mark.only(not ONE_ID and HAS_CGROUP)
