@@ -99,7 +99,8 @@ ENVIRONMENT: Final = {
     "LANG": "C.UTF-8",
     "PYTHONUTF8": "1",
     "PYTHONDONTWRITEBYTECODE": "1",
-    # One thread when the zygote forks: each of these libraries would start its pool at import.
+    # One thread when the zygote forks: each of these libraries would start one or more at import. Cells keep the
+    # variables, so that a library behaves alike whether the policy or the program imports it.
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "GOTO_NUM_THREADS": "1",
@@ -109,6 +110,7 @@ ENVIRONMENT: Final = {
     "NUMEXPR_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
     "POLARS_MAX_THREADS": "1",
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pandas imports pyarrow where it is installed
     # No display, and caches where they do not show up among the program's files.
     "MPLBACKEND": "Agg",
     "MPLCONFIGDIR": "/tmp/.matplotlib",  # noqa: S108

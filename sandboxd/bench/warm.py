@@ -30,6 +30,7 @@ def plain_environment(scratch: str) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",
         **{("VECLIB_MAXIMUM_THREADS" if name.startswith("VECLIB") else f"{name}_NUM_THREADS"): "1" for name in threads},
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",
         "MPLBACKEND": "Agg",
         "MPLCONFIGDIR": scratch,
         "XDG_CACHE_HOME": scratch,
