@@ -497,6 +497,16 @@ restore_allocators(void)
     image.gathered = 0;
 }
 
+static long
+make_memfd(void)
+{
+    long r = sbx_call(NR_memfd_create, "sandboxd-image", MFD_CLOEXEC_ | MFD_ALLOW_SEALING_ | MFD_NOEXEC_SEAL_);
+
+    if (r == -SBX_EINVAL)
+        r = sbx_call(NR_memfd_create, "sandboxd-image", MFD_CLOEXEC_ | MFD_ALLOW_SEALING_);
+    return r;
+}
+
 PyDoc_STRVAR(share_doc, "share_heap(move=True) -> int\n\n"
 "When all is imported and nothing more is written: move the heap and the data of libraries into a sealed memfd. Returns\n"
 "the bytes moved; 0 when the kernel gives no memfd that can be sealed, or when *move* is false, and all stays as it was.\n"
@@ -521,9 +531,7 @@ image_share(PyObject *self, PyObject *args)
     restore_allocators();
     if (!wanted || known.count == 0)
         return PyLong_FromLong(0);
-    r = sbx_call(NR_memfd_create, "sandboxd-image", MFD_CLOEXEC_ | MFD_ALLOW_SEALING_ | MFD_NOEXEC_SEAL_);
-    if (r == -SBX_EINVAL)
-        r = sbx_call(NR_memfd_create, "sandboxd-image", MFD_CLOEXEC_ | MFD_ALLOW_SEALING_);
+    r = make_memfd();
     if (r < 0)
         return PyLong_FromLong(0);
     move.fd = (int)r;
@@ -568,6 +576,62 @@ image_share(PyObject *self, PyObject *args)
     if (move.error < 0)
         return raise_errno(move.error);
     return PyLong_FromUnsignedLongLong(move.offset);
+}
+
+PyDoc_STRVAR(become_doc, "can_become_writable(start, end, protection) -> bool\n\n"
+"Whether mprotect(2) gives write access to the pages from *start* to *end*, whose protection stays what it is; true, too,\n"
+"where that cannot be told.");
+
+static PyObject *
+image_can_become_writable(PyObject *self, PyObject *args)
+{
+    unsigned long long start, end;
+    int prot;
+    long r;
+
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KKi:can_become_writable", &start, &end, &prot))
+        return NULL;
+    r = sbx_call(NR_mprotect, start, end - start, prot | PROT_W);
+    if (r == 0) {
+        r = sbx_call(NR_mprotect, start, end - start, prot);
+        return r < 0 ? raise_errno(r) : PyBool_FromLong(1);
+    }
+    return PyBool_FromLong(r != -SBX_EACCES); /* EPERM of mseal(2), for example, says nothing of the mapping */
+}
+
+PyDoc_STRVAR(private_doc, "make_private(start, end, protection)\n\n"
+"Put a private copy of their content, in a sealed memfd like the heap's, in the place of the shared pages from *start* to\n"
+"*end*. Neither differs from the other in what mremap(2) and MADV_DONTNEED do. Raises OSError; EFAULT for a page that\n"
+"cannot be read.");
+
+static PyObject *
+image_make_private(PyObject *self, PyObject *args)
+{
+    struct move move = {.pagemap = -1};
+    unsigned long long start, end;
+    uint64_t all = ~0ULL, mask;
+    int prot;
+    long r;
+
+    (void)self;
+    if (!PyArg_ParseTuple(args, "KKi:make_private", &start, &end, &prot))
+        return NULL;
+    r = make_memfd();
+    if (r < 0)
+        return raise_errno(r);
+    move.fd = (int)r;
+    sbx_call(SBX_NR_rt_sigprocmask, 0 /* SIG_BLOCK */, &all, &mask, 8);
+    if (!(prot & PROT_R))
+        move.error = sbx_call(NR_mprotect, start, end - start, prot | PROT_R);
+    move_pages(&move, start, end, prot);
+    if (move.error == 0)
+        move.error = sbx_call(SBX_NR_fcntl, move.fd, F_ADD_SEALS_, SEALS);
+    sbx_call(SBX_NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &mask, 0, 8);
+    sbx_close(move.fd);
+    if (move.error < 0)
+        return raise_errno(move.error);
+    Py_RETURN_NONE;
 }
 
 /* What a run touches */
@@ -775,6 +839,8 @@ image_fill(PyObject *self, PyObject *args)
 static PyMethodDef methods[] = {
     {"gather_heap", image_gather, METH_NOARGS, gather_doc},
     {"share_heap", image_share, METH_VARARGS, share_doc},
+    {"can_become_writable", image_can_become_writable, METH_VARARGS, become_doc},
+    {"make_private", image_make_private, METH_VARARGS, private_doc},
     {"record", image_record, METH_VARARGS, record_doc},
     {"remember", image_remember, METH_VARARGS, remember_doc},
     {"populate", image_populate, METH_VARARGS, populate_doc},

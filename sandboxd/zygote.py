@@ -143,6 +143,8 @@ class ZygoteConfig:
     filters: Layers
     landlock_abi: int
     """The lowest ABI that will do; 0 goes without."""
+    policy: str = ""
+    """Its name, for errors."""
     walls_down: frozenset[int] = frozenset()
     rehearsal: bool = True
     """Whether a parked cell goes through the warm-up once more, so that its pages are its own."""
@@ -351,9 +353,7 @@ class Zygote:
             what = f"the interpreter ended before it was ready: {self.last_words()}"
             raise Unavailable("zygote", getattr(error, "errno", None), fix, what) from None
         if not answer.get("ok"):
-            raise _not_preloaded(answer, self.python)
-        if answer["threads"] != 1:
-            raise unavailable(Stage.THREADS, 0)
+            raise _not_preloaded(answer, self.python, config.policy)
         if answer["kept"]:
             log.warning(
                 "preloaded libraries keep descriptors open, which no cell inherits: %s", ", ".join(answer["kept"])
@@ -769,7 +769,11 @@ def _user_namespace(program: int, ids: IdBlock) -> int:
         return os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _not_preloaded(answer: dict[str, Any], python: Interpreter) -> Unavailable:
+def _not_preloaded(answer: dict[str, Any], python: Interpreter, policy: str) -> Unavailable:
+    if answer.get("threads"):
+        return _left_threads(answer["threads"], policy)
+    if answer.get("shared"):
+        return _left_shared(answer["shared"], policy)
     step, missing = answer.get("step"), [str(name) for name in answer.get("missing") or ()]
     if missing:
         packages = " ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
@@ -778,3 +782,28 @@ def _not_preloaded(answer: dict[str, Any], python: Interpreter) -> Unavailable:
         return Unavailable("preload", None, fix, what)
     where = "warmup" if step == "warmup" else f"preload of {step!r}"
     return Unavailable("preload", None, "mend the policy's [runtime] section", f"{where} failed: {answer.get('error')}")
+
+
+def _left_threads(found: Sequence[dict[str, str]], policy: str) -> Unavailable:
+    threads = "; ".join(f"{one['name']!r}, there since {_step(one)}" for one in found)
+    what = f"policy {policy!r}: a zygote forks with one thread only, and others still run: {threads}"
+    fix = (
+        f"have {_step(found[0])} start no thread, by a setting of the library, or end the thread in warmup; or take "
+        "that out of [runtime] and leave it to the programs"
+    )
+    return Unavailable("threads", None, fix, what)
+
+
+def _left_shared(found: Sequence[dict[str, str]], policy: str) -> Unavailable:
+    areas = "; ".join(f"{one['name']}, there since {_step(one)}: {one['why']}" for one in found)
+    what = f"policy {policy!r}: its cells would share memory that they can write to, and a copy will not do: {areas}"
+    fix = (
+        f"have {_step(found[0])} map it MAP_PRIVATE, or unmap it in warmup; or take that out of [runtime] and leave it "
+        "to the programs"
+    )
+    return Unavailable("shared-memory", None, fix, what)
+
+
+def _step(one: dict[str, str]) -> str:
+    names = {"warmup": "the warmup", "": "the start"}
+    return names.get(one["step"], f"the import of {one['step']!r}")

@@ -1,5 +1,6 @@
 """What `tests/mutate` removes from the product, one at a time: each wall that can be left out, the enforcement of each
-limit, the sweep at start, and the kill before the answer. Some test of `./run-tests` must fail for each.
+limit, the check of what cells inherit, the sweep at start, and the kill before the answer. Some test of `./run-tests`
+must fail for each.
 
 A mutation is a small edit of the source. *likely* names the tests that should notice it; they run first, and the whole
 suite runs only if none of them fails.
@@ -58,6 +59,7 @@ PLAN: Final = "sandboxd/engine/plan.py"
 LEAF: Final = "sandboxd/cgroup/leaf.py"
 PREPARED: Final = "sandboxd/engine/prepared.py"
 CLOCK: Final = "sandboxd/engine/clock.py"
+ZYGOTE: Final = "sandboxd/inside/zygote.py"
 SERVING: Final = "sandboxd/daemon/serving.py"
 INSTANCE: Final = "sandboxd/cgroup/instance.py"
 
@@ -145,6 +147,18 @@ def _ends() -> Iterator[Mutation]:
         "the first cell's self-test accepts anything",
         (Edit(CORE, "selftest.verify(said,", "0 and selftest.verify(said,"),),
         ("tests/test_faults.py", "tests/test_walls.py"),
+    )
+    yield Mutation(
+        "private copies",
+        "cells share what imports and the warm-up mapped MAP_SHARED",
+        (Edit(ZYGOTE, 'refuse("shared", watch.make_private())', "pass"), _NO_SELF_TEST),
+        ("tests/test_preload.py",),
+    )
+    yield Mutation(
+        "one thread",
+        "a zygote serves with a second thread",
+        (Edit(ZYGOTE, 'refuse("threads", watch.other_threads())', "pass"), _NO_SELF_TEST),
+        ("tests/test_preload.py",),
     )
     yield Mutation(
         "sweep at start",

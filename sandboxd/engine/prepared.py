@@ -201,6 +201,7 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
                 warmup=runtime["warmup"],
                 filters=filters,
                 landlock_abi=wanted["landlock_abi"],
+                policy=plain["name"],
                 walls_down=frozenset(stage for name in down for stage in WALLS[name]),
                 extra=engine.config.zygote,
             )

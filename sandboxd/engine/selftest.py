@@ -57,7 +57,12 @@ seen = {
     "init-root": opened("/proc/1/root", os.O_RDONLY),
     "host-etc": opened("/etc/shadow", os.O_RDONLY),
 }
+shared = []  # what is mapped MAP_SHARED, as in every cell, and mprotect(PROT_READ | PROT_WRITE) makes writable
+for line in open("/proc/self/maps").readlines():
+    if line.split()[1][3] == "s" and call(10, int(line.split("-")[0], 16), 4096, 3) == 0:
+        shared.append(line.split(None, 5)[-1].rstrip())
 facts = {
+    "shared-memory": shared,
     "uid": os.getuid(), "gid": os.getgid(), "groups": os.getgroups(), "pid": os.getpid(), "session": os.getsid(0),
     "cgroup": sorted({line.rstrip("\n").split(":", 2)[2] for line in open("/proc/self/cgroup")}),
     "caps": [status[key] for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")],
@@ -98,6 +103,7 @@ def verify(stdout: str, guest_uid: int, landlock_abi: int, profile: Profile, kee
         "cgroup": ["/"],
         "caps": ["0000000000000000"] * 5,
         "writable": [],
+        "shared-memory": [],
         "nice": 0,
         "policy": 0,
         "personality": 0,

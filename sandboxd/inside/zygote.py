@@ -10,7 +10,8 @@ children that no cell ever comes from: the list of fonts, and what the warm-up t
 
 What a cell costs is the memory of this process: page tables to copy, pages to copy when they are written. So small
 objects are gathered in one place while libraries are imported, the whole is moved into a sealed memfd afterwards
-(native/image.c), and libraries' at-fork hooks, which would run in each cell, are kept from the interpreter.
+(native/image.c), and libraries' at-fork hooks, which would run in each cell, are kept from the interpreter. What cells
+would share and could write to is made private, or ends the start (inherited.py).
 """
 
 import gc
@@ -32,6 +33,7 @@ MT19937_BYTES = 624 * 4
 OWN_BYTES = 5_500_000  # of a parked cell that has a warm-up; a few hundred kilobytes more it has anyway
 FORESEE_SECONDS = 30
 MANY_OBJECTS = 50_000  # young ones that a collection waits for while libraries are imported: they keep what they make
+REFUSED = 20  # threads or mappings that an error names at most
 SPECIALISED = 8  # runs after which the interpreter has adapted a function's code (3.11: quickened after eight)
 
 hooks: "list[dict[str, Callable[[], object]]]" = []
@@ -74,9 +76,9 @@ def list_fonts(names: list[str]) -> int:
     return pid
 
 
-def preload(names: list[str], warmup: str, fonts: int) -> None:
+def preload(names: list[str], warmup: str, fonts: int, watch: "inherited.Watch") -> None:
     """Import *names*, matplotlib when the child *fonts* has ended, and run *warmup* in a namespace that is thrown away;
-    the first failure is the engine's to explain.
+    *watch* looks at what each step leaves. The first failure is the engine's to explain.
     """
     step = ""
     try:
@@ -89,13 +91,24 @@ def preload(names: list[str], warmup: str, fonts: int) -> None:
                 os.waitpid(fonts, 0)
                 fonts = 0
             __import__(step)
+            watch.look(step)
         if warmup:
             step = "warmup"
             exec(compile(warmup, "<warmup>", "exec"), {"__name__": "__warmup__"})  # noqa: S102 - the operator's own text
+            watch.look(step)
     except BaseException as error:
         # Also SystemExit and KeyboardInterrupt: a library that ends the zygote has failed to load.
         missing = [error.name] if isinstance(error, ModuleNotFoundError) and error.name else []
         say({"ok": False, "step": step, "missing": missing, "error": f"{type(error).__name__}: {error}"[:2000]})
+        os._exit(1)
+
+
+def refuse(kind: str, found: list[dict[str, str]]) -> None:
+    """End the start if anything was *found* that no cell may inherit: ``threads``, or ``shared`` memory. The engine
+    puts it into words.
+    """
+    if found:
+        say({"ok": False, kind: found[:REFUSED]})
         os._exit(1)
 
 
@@ -196,9 +209,10 @@ def main() -> "program.Setting | None":
     if wants_memfd:
         _image.gather_heap()
     setting = program.Setting(hooks)
+    watch = inherited.Watch()
     usual, seldom = gc.get_threshold(), (MANY_OBJECTS, *gc.get_threshold()[1:])
     gc.set_threshold(*seldom)
-    preload(config["preload"], config["warmup"], fonts)
+    preload(config["preload"], config["warmup"], fonts, watch)
     if gc.get_threshold() == seldom:  # else a library has chosen its own
         gc.set_threshold(*usual)
     if config["warmup"] and config.get("rehearsal"):
@@ -208,21 +222,21 @@ def main() -> "program.Setting | None":
     renew_stdin()
     sys.path[0] = "/workspace"
     sys.path_importer_cache.pop("/workspace", None)
-    for name in ("_cell", "_image", "program", "toolcalls"):
+    for name in ("_cell", "_image", "inherited", "program", "toolcalls"):
         del sys.modules[name]
     find_randomness(setting)
     os.register_at_fork = sys.modules["posix"].register_at_fork = real_register_at_fork  # type: ignore[attr-defined]
-    threads = len(os.listdir("/proc/self/task"))
     kept = let_go()
+    refuse("threads", watch.other_threads())
     gc.freeze()  # what lives now is shared by all cells, and their collector leaves its pages alone
     for _ in range(SPECIALISED):
         program.rehearse(lambda: False)
     gc.collect()
     gc.freeze()
+    refuse("shared", watch.make_private())
     image = "memfd" if _image.share_heap(wants_memfd) else "anonymous"
-    foresees = image == "memfd" and threads == 1
     pages = 0
-    if foresees:
+    if image == "memfd":
         child, found = foresee(lambda: program.survey_cell(setting))
         pages = _image.remember(found)
         os.close(found)
@@ -236,7 +250,6 @@ def main() -> "program.Setting | None":
         {
             "ok": True,
             "landlock_abi": landlock_abi,
-            "threads": threads,
             "kept": kept,
             "version": list(sys.version_info[:3]),
             "image": image,
@@ -260,6 +273,7 @@ if __name__ == "__main__":
 
     import _cell  # type: ignore[import-not-found]  # beside this file, for the interpreter of the image
     import _image  # type: ignore[import-not-found]
+    import inherited  # type: ignore[import-not-found]
     import program  # type: ignore[import-not-found]
 
     given = main()
