@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAY_LACK: Final = re.compile(
     r"this kernel answers|in this kernel|is filtered before Linux|no python3\.\d+ here|node is not installed"
     r"|controllers are on v2 here|no v1 hierarchies|cgroup v2 mount|v2 mount beside|controller on v2"
-    r"|hard links are refused"
+    r"|hard links are refused|are charged to nobody"
     + (
         ""
         if os.environ.get("SANDBOXD_VM")

@@ -13,6 +13,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -561,6 +562,37 @@ def test_leaf_with_memory_left_is_not_reusable(instance: Instance) -> None:
             left_behind.unlink(missing_ok=True)
         leaf.reclaim()
         assert leaf.reusable()
+
+
+def test_names_that_a_leaf_asked_for_are_reclaimed(instance: Instance) -> None:
+    def charged() -> int:
+        leaf.reusable()
+        return leaf.memory_seen()
+
+    with instance.make_leaf(0) as leaf:
+        ask = "for n in range(40_000):\n    try: os.stat(f'/usr/lib/{os.getpid()}-{n}')\n    except OSError: pass"
+        assert run_in(leaf, ask) == 0
+        before = charged()
+        assert before > 40_000 * 192
+        assert leaf.reclaim_names()
+        deadline = time.monotonic() + 10
+        while charged() > before // 4 and time.monotonic() < deadline:  # they are freed after a grace period of RCU
+            time.sleep(0.01)
+        assert charged() <= before // 4
+
+
+def test_file_content_that_a_leaf_read_first_is_kept(instance: Instance) -> None:
+    with tempfile.NamedTemporaryFile(dir="/var/tmp") as cold, instance.make_leaf(0) as leaf:
+        cold.write(os.urandom(8 * MIB))
+        cold.flush()
+        os.fsync(cold.fileno())
+        os.posix_fadvise(cold.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert run_in(leaf, "open(sys.argv[1], 'rb').read()", cold.name) == 0
+        assert not leaf.reusable()
+        if leaf.memory_seen() < 8 * MIB:
+            pytest.skip("files of this file system are charged to nobody")
+        assert not leaf.reclaim_names(), "the next run would read it from the disk again"
+        assert not leaf.reusable()
 
 
 def test_leaf_whose_peaks_are_stained_is_not_reusable(instance: Instance) -> None:

@@ -150,6 +150,11 @@ class Group:
             os.close(fd)
         return b"".join(chunks).decode("ascii")
 
+    def read_table(self, file: str) -> dict[str, int]:
+        """A control file of lines with a word and a number, such as memory.stat. Raises OSError."""
+        rows = (line.split() for line in self.read(file).splitlines())
+        return {key: int(value) for key, value in rows}
+
     def write(self, file: str, text: str) -> None:
         """Write *text* in one call: the kernel takes or refuses it as a whole. Raises OSError."""
         fd = self.open(file, os.O_WRONLY)

@@ -28,6 +28,9 @@ __all__ = ["REUSE_BELOW_BYTES", "Counters", "Leaf", "LeafGroups", "LeafLimits", 
 # charged for the last.
 REUSE_BELOW_BYTES = 1 << 20
 
+# Of an import from files that nobody had read, the kernel keeps some 1.3 KiB for each file: 1 byte for 20 of content.
+_FILES_PER_KERNEL = 4
+
 # Short, so that a cell that used up its share waits milliseconds: with the kernel's 100 ms a job of a few ms may wait
 # for 90.
 _PERIOD_USEC = 10_000
@@ -80,6 +83,7 @@ class _Memory(Protocol):
     def reset_peak(self) -> None: ...
     def oom_clear(self) -> None: ...
     def current(self) -> int: ...
+    def left(self) -> tuple[int, int]: ...
     def reclaim(self) -> None: ...
 
 
@@ -380,8 +384,27 @@ class Leaf:
         )
 
     def reclaim(self) -> None:
-        """Give back page cache and unused charge of an empty leaf. Takes milliseconds: never while a request waits."""
+        """Give back page cache, kernel memory and unused charge of an empty leaf.
+
+        Takes as long as the memory is large, up to 2.5 s for each GiB of dentries: call it in a thread.
+        """
         self._memory.reclaim()
+
+    def reclaim_names(self) -> bool:
+        """``reclaim`` an empty leaf before ``remove``, unless that would cost later runs more; whether it did.
+
+        Dentries and inodes outlive the leaf otherwise, and nothing bounds them over many runs: a stat of a name that
+        does not exist makes one. File content outlives it, too, but there is only so much of it as the host's files
+        hold, and evicting what the cell was the first to read would have every run read it from the disk again. So a
+        leaf of mostly file content is left alone.
+
+        It opens what it needs, so another thread may call it while nobody else uses the leaf.
+        """
+        kernel_bytes, file_bytes = self._memory.left()
+        if file_bytes > max(REUSE_BELOW_BYTES, _FILES_PER_KERNEL * kernel_bytes):
+            return False
+        self._memory.reclaim()
+        return True
 
     def remove(self) -> bool:
         """rmdir in every hierarchy, without waiting. True: gone, descriptors closed. False: a task dies, ask again."""

@@ -164,6 +164,9 @@ class NoLeaf(Leaf):
     def reclaim(self) -> None:
         pass
 
+    def reclaim_names(self) -> bool:
+        return False
+
     def remove(self) -> bool:
         return True
 

@@ -17,6 +17,7 @@ __all__ = ["Bandwidth", "CpuUsage", "Freezer", "Memory", "bound_memory", "swap_i
 
 _MEMORY_LIMIT = "memory.limit_in_bytes"
 _SWAP_LIMIT = "memory.memsw.limit_in_bytes"
+_KERNEL_USAGE = "memory.kmem.usage_in_bytes"
 
 
 def _write_memory_limit(group: Group, limit_bytes: int | None, *, raising: bool) -> None:
@@ -87,6 +88,13 @@ class Memory:
     def current(self) -> int:
         """By the last reading."""
         return self._usage.last
+
+    def left(self) -> tuple[int, int]:
+        """Kernel memory, and page cache of files that are not on a tmpfs."""
+        # A kernel without accounting of its own memory has no such file, and nothing to give back.
+        kernel = int(self._group.read(_KERNEL_USAGE)) if self._group.has(_KERNEL_USAGE) else 0
+        stat = self._group.read_table("memory.stat")
+        return kernel, stat.get("cache", 0) - stat.get("shmem", 0)
 
     def reclaim(self) -> None:
         try:

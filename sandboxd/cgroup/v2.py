@@ -126,9 +126,14 @@ class Memory:
         """By the last reading."""
         return self._usage.last
 
+    def left(self) -> tuple[int, int]:
+        """Kernel memory that could be reclaimed, and page cache of files that are not on a tmpfs."""
+        stat = self._group.read_table("memory.stat")
+        return stat.get("slab_reclaimable", 0), stat.get("file", 0) - stat.get("shmem", 0)
+
     def reclaim(self) -> None:
         try:
-            self._group.write("memory.reclaim", str(self._usage.now()))  # Linux 5.19
+            self._group.write("memory.reclaim", self._group.read("memory.current").strip())  # Linux 5.19
         except OSError as error:
             # EAGAIN: it freed less than asked for, which is what one expects here.
             if error.errno not in (errno.EAGAIN, errno.EINTR, errno.ENOENT):
