@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import sys
@@ -10,11 +9,11 @@ from pathlib import Path
 from typing import Final
 
 from sandboxd.errors import Unavailable
+from sandboxd.ownership import way
 
 __all__ = ["command", "problem"]
 
 _HIDDEN: Final = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108 - those that the unit covers
-_MOST_LINKS: Final = 40  # as the kernel: MAXSYMLINKS
 _FIX: Final = (
     "install it where root alone writes, with the system's own Python: /usr/bin/python3 -m venv /opt/sandboxd && "
     "/opt/sandboxd/bin/pip install SOURCE, sandboxd's source tree or wheel"
@@ -37,37 +36,21 @@ def check(program: str) -> None:
 
 
 def problem(path: str) -> str:
-    """What keeps another user from using *path*, or gives others than root a hand in it; "" when nothing does.
-
-    The way is followed name by name: whoever owns a directory that a link lies in decides where it leads.
-    """
-    one, pending, followed = Path("/"), list(Path(path).parts[1:]), 0
-    while pending:
-        one = one / pending.pop(0)
-        if str(one) in _HIDDEN:
-            led = f", where {path} leads" if followed else ""
-            return f"the service does not see {one}{led}"
-        try:
-            status = one.lstat()
-            leads_to = os.readlink(one) if stat.S_ISLNK(status.st_mode) else None
-        except OSError as error:
-            return f"{one}: {error.strerror}"
-        if status.st_uid != 0:
-            return f"{one} belongs to uid {status.st_uid}, who could change what the service runs"
-        if leads_to is not None:
-            followed += 1
-            if followed > _MOST_LINKS:
-                return f"{one}: {os.strerror(errno.ELOOP)}"
-            target = Path(leads_to)
-            pending[:0] = target.parts[1:] if target.is_absolute() else target.parts
-            one = Path("/") if target.is_absolute() else one.parent
-            continue
-        if one.name == "..":
-            one = one.parent.parent
-            continue
-        mode = stat.S_IMODE(status.st_mode)
-        if mode & 0o022 and not mode & stat.S_ISVTX:
-            return f"{one} can be written by others (mode {mode:04o})"
-        if not mode & 0o001 and (stat.S_ISDIR(status.st_mode) or not pending):
-            return f"{one} is closed to the service's user (mode {mode:04o})"
+    """What keeps another user from using *path*, or gives others than root a hand in it; "" when nothing does."""
+    try:
+        for name in way(path):
+            one, mode = name.path, stat.S_IMODE(name.status.st_mode)
+            if str(one) in _HIDDEN:
+                led = f", where {path} leads" if name.led else ""
+                return f"the service does not see {one}{led}"
+            if name.status.st_uid != 0:
+                return f"{one} belongs to uid {name.status.st_uid}, who could change what the service runs"
+            if stat.S_ISLNK(name.status.st_mode):
+                continue
+            if mode & 0o022 and not mode & stat.S_ISVTX:
+                return f"{one} can be written by others (mode {mode:04o})"
+            if not mode & 0o001 and (stat.S_ISDIR(name.status.st_mode) or name.last):
+                return f"{one} is closed to the service's user (mode {mode:04o})"
+    except OSError as error:
+        return f"{error.filename}: {error.strerror}"
     return ""
