@@ -193,9 +193,10 @@ class Sandbox(Closing):
                 },
                 likely=policy == "default",
             )
+            from sandboxd.ownership import check_embedded_file
             from sandboxd.policy import load
 
-            chosen = load(policy)
+            chosen = load(policy, believe=check_embedded_file)
             if limits is not None:
                 chosen = chosen.with_limits(limits)
             engine.ready(chosen.plain())

@@ -369,16 +369,21 @@ def _conflicts(policy: Policy) -> list[PolicyError]:
 SHIPPED_PROFILES = ("default", "strict")
 
 
-def load(policy: str | Path | Policy = "default", directories: Sequence[Path] | None = None) -> Policy:
+def load(
+    policy: str | Path | Policy = "default",
+    directories: Sequence[Path] | None = None,
+    believe: Callable[[Path, int], None] | None = None,
+) -> Policy:
     """The policy of that name or file; a Policy is returned as it is.
 
-    A string that ends in ".toml" or holds a slash is a file, any other a name, looked up as ``find`` does. Raises
-    PolicyError with the file and the line of the first problem.
+    A string that ends in ".toml" or holds a slash is a file, any other a name, looked up as ``find`` does. *believe* is
+    asked before it is read, as ``policyfiles.read`` says. Raises PolicyError with the file and the line of the first
+    problem.
     """
     if isinstance(policy, Policy):
         return policy
     file = file_of(policy, directories)
-    return meant(read(file), file, named=is_name(policy))
+    return meant(read(file, believe), file, named=is_name(policy))
 
 
 def meant(text: str, file: Path, named: bool = False) -> Policy:

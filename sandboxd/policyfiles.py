@@ -12,7 +12,7 @@ from sandboxd.errors import PolicyError
 from sandboxd.limits import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
 __all__ = ["NAME", "SYSTEM_DIR", "file_of", "find", "installed", "is_name", "nearest", "policies_dir", "read"]
 
@@ -72,10 +72,17 @@ def is_name(policy: str | Path) -> bool:
     return isinstance(policy, str) and not (policy.endswith(".toml") or "/" in policy)
 
 
-def read(file: Path) -> str:
-    """The text of *file*. Raises PolicyError."""
+def read(file: Path, believe: Callable[[Path, int], None] | None = None) -> str:
+    """The text of *file*. Raises PolicyError.
+
+    *believe* gets the file and its descriptor and raises PolicyError or OSError unless what stands in it may be put
+    into force (``ownership``). Shipped policies are not asked about: they are as safe as the program that they are
+    part of.
+    """
     try:
         with file.open("rb") as stream:
+            if believe is not None and file.parent != policies_dir():
+                believe(file, stream.fileno())
             content = stream.read(_MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 from typing import Any
 
 try:
@@ -157,8 +158,14 @@ def cli() -> None:
     """
 
 
+def _show_warning(message: Warning | str, *_where: object, **_source: object) -> None:
+    """A warning of the library is for whoever gave the command; the line of code that it came from is not."""
+    output.complain(str(message))
+
+
 def main() -> None:
     """The ``sandboxd`` command, with the arguments of this process; never returns."""
+    warnings.showwarning = _show_warning
     # A caller may close descriptors 0 to 2; the next file opened here would then take such a number, and the program's
     # output would go into it.
     try:

@@ -17,6 +17,7 @@ from sandboxd.engine.config import AuditSettings, EngineConfig
 from sandboxd.errors import PolicyError
 from sandboxd.ids import parse_config as parse_range
 from sandboxd.limits import LIMITS, parse, shown
+from sandboxd.ownership import check, check_daemons_file
 
 __all__ = ["CONFIG", "GROUP", "SOCKET", "DaemonConfig", "directories", "find_policy", "group_id", "load_config"]
 
@@ -59,10 +60,13 @@ def load_config(path: Path | None) -> DaemonConfig:
 def _read_config(chosen: Path, may_be_missing: bool) -> DaemonConfig:
     try:
         with open(chosen, "rb") as file:
+            check_daemons_file(chosen, file.fileno())
             table = tomllib.load(file)
     except FileNotFoundError:
         if may_be_missing:
-            return DaemonConfig()
+            config = DaemonConfig()
+            _check_directory(config)
+            return config
         raise PolicyError("there is no such file", file=str(chosen)) from None
     except (OSError, ValueError) as error:
         raise PolicyError(f"it cannot be read: {error}", file=str(chosen)) from None
@@ -96,9 +100,25 @@ def _read_config(chosen: Path, may_be_missing: bool) -> DaemonConfig:
             f"policies_dir must be the absolute path of a directory that exists, not {shown(str(config.policies_dir))}"
         )
         raise PolicyError(f"{what}.", key="policies_dir")
+    _check_directory(config)
     if "default_policy" in values:
         find_policy(config, config.default_policy, "default_policy")
     return config
+
+
+def _check_directory(config: DaemonConfig) -> None:
+    """Raises PolicyError when others could add policies to those of the operator."""
+    from sandboxd.policyfiles import SYSTEM_DIR, policies_dir
+
+    directory, key = config.policies_dir or SYSTEM_DIR, "policies_dir" if config.policies_dir is not None else None
+    if directory == policies_dir():
+        return  # as safe as the program that it belongs to
+    try:
+        check(directory, key)
+    except FileNotFoundError:
+        return  # of the default one, which need not be there
+    except OSError as error:
+        raise PolicyError(f"policies_dir: {error.filename}: {error.strerror}.", key=key) from None
 
 
 def _size(key: str, value: object) -> int:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import sandboxd
-from sandboxd import policyfiles
+from sandboxd import ownership, policyfiles
 from sandboxd.cache import cached
+from sandboxd.errors import PolicyError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sandboxd.policy import Policy
 
-__all__ = ["plain_policy"]
+__all__ = ["check_references", "plain_policy"]
 
 _DECIDING: Final = (
     ("sandboxd", "policy.py"),
@@ -39,9 +40,38 @@ class _NotToBeKept(Exception):
 
 def plain_policy(file: Path, name: str, directory: Path | None = None) -> dict[str, Any]:
     """The plain values of the policy *name*, whose *file* is named for it, from the cache in *directory* (default:
-    ``cache_directory()``) when the same text was read before. Raises PolicyError.
+    ``cache_directory()``) when the same text was read before. Raises PolicyError, also when others could change the
+    file or what it refers to.
     """
-    text = policyfiles.read(file)
+    plain = _plain_policy(policyfiles.read(file, ownership.check_daemons_file), file, name, directory)
+    check_references(plain, file)
+    return plain
+
+
+def check_references(plain: dict[str, Any], file: Path) -> None:
+    """Raises PolicyError when others could change the files that the policy *plain*, of *file*, has the daemon read or
+    execute on the host: its filter's profile, its interpreter.
+    """
+    profile, interpreter = plain["seccomp"]["profile"], plain["runtime"]["interpreter"]
+    try:
+        if os.path.isabs(profile):
+            _asked(ownership.check, profile, "seccomp.profile")
+        if interpreter is not None:
+            _asked(ownership.check_interpreter, interpreter, "runtime.interpreter")
+    except PolicyError as problem:
+        from sandboxd.policy import located
+
+        raise located(problem, file) from None
+
+
+def _asked(check: Callable[[str, str], None], path: str, key: str) -> None:
+    try:
+        check(path, key)
+    except OSError as error:
+        raise PolicyError(f"{key}: {error.filename}: {error.strerror}.", key=key) from None
+
+
+def _plain_policy(text: str, file: Path, name: str, directory: Path | None) -> dict[str, Any]:
     try:
         key = json.dumps(["policy", *_identity(), name, os.fsdecode(file), text])
     except OSError:

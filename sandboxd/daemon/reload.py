@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.daemon.config import DaemonConfig, directories
+from sandboxd.daemon.policies import check_references
 from sandboxd.errors import PolicyError
+from sandboxd.ownership import check_daemons_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +49,8 @@ def plan(now: DaemonConfig, new: DaemonConfig, in_force: Mapping[str, tuple[dict
     for name, file in known.items():
         if name in in_force or name == new.default_policy or file.parent != policies_dir():
             try:
-                plains[name] = load(name, places).plain()
+                plains[name] = load(name, places, check_daemons_file).plain()
+                check_references(plains[name], file)
             except PolicyError as error:
                 wrong.append(error)
     if new.default_policy not in known:
