@@ -68,8 +68,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def start_as_usual() -> None:
     """Undo what the way of starting pytest leaves to every process below it: a script's background job ignores SIGINT,
-    and nohup SIGHUP; soft limits may be lower than they need be.
+    and nohup SIGHUP; soft limits may be lower than they need be; with a umask of 002 daemons refuse what tests write.
     """
+    os.umask(0o022)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

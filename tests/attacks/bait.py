@@ -52,6 +52,7 @@ def bait(uid: int = 0, gid: int = 0) -> Iterator[Path]:
                 for path in (place, *place.rglob("*")):
                     os.chown(path, uid, gid, follow_symlinks=False)
                 (place / "suid-id").chmod(0o4755)  # which chown(2) takes away
+            os.umask(umask)  # daemons refuse what tests would write meanwhile
             yield place
     finally:
         os.umask(umask)
