@@ -12,6 +12,7 @@ import pytest
 from sandboxd import Limits, Sandbox, Unavailable, ids, policy, userids
 from tests.leftovers import eventually
 from tests.modes import HAS_CGROUP, MODE, ONE_ID, policy_of
+from tests.promptness import prompt
 
 if TYPE_CHECKING:
     from sandboxd.policy import Policy
@@ -40,6 +41,20 @@ def test_files_go_in_as_the_cells_and_come_out_whatever_their_mode(sandbox: Sand
         found = {one.path: one.read() for one in result.files}
     assert found == {"in/deep/a.txt": b"inmore", "nothing": b"nothing", "made/inner": b"made/inner"}
     assert result.files_skipped == 4  # private and its second name, fifo, link
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {f"{'d/' * 64}{number}": b"x" for number in range(500)},
+        {f"{number % 63}/{number}": b"x" for number in range(2000)},
+    ],
+    ids=["deep", "many"],
+)
+def test_files_that_a_broker_makes_do_not_hold_the_loop(sandbox: Sandbox, files: dict[str, bytes]) -> None:
+    with prompt(sandbox):
+        result = sandbox.run("import os\nprint(sum(len(f) for _, _, f in os.walk('.')))", files=files)
+    assert (result.status, result.stdout) == ("ok", f"{len(files)}\n")
 
 
 def test_the_source_bears_the_name_that_was_asked_for(sandbox: Sandbox) -> None:
