@@ -2,11 +2,16 @@
 
 They are a program's output, so nothing is decoded here: sizes, checksums and markers are read, no pixel. A picture that
 a service would refuse is left out and said so: one refused picture ends a whole conversation.
+
+The run is over when its pictures are looked at, so no limit of it holds here. A picture is read once from its beginning
+to its end, in time that grows with its length, and what is looked at in one Result is bounded in count and in bytes,
+whatever becomes of it. That can still take some tens of milliseconds: not in a thread that has others to serve.
 """
 
 from __future__ import annotations
 
 import binascii
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -18,13 +23,30 @@ if TYPE_CHECKING:
 
     from sandboxd.result import Result
 
-__all__ = ["MOST_PICTURES", "PICTURE_BYTES", "PICTURE_PIXELS", "Picture", "pictures_of", "short"]
+__all__ = [
+    "LOOKED_AT",
+    "LOOKED_AT_BYTES",
+    "MOST_PICTURES",
+    "PICTURE_BYTES",
+    "PICTURE_PIXELS",
+    "Picture",
+    "pictures_of",
+    "short",
+]
 
 MOST_PICTURES: Final = 4
 PICTURE_BYTES: Final = 3 << 20
 """Services take about 5 MB in base64, which is a third longer."""
 PICTURE_PIXELS: Final = 8000
 """The longest side that services take."""
+LOOKED_AT: Final = 16
+"""Pictures of one Result that are looked at, those that are left out after that included."""
+LOOKED_AT_BYTES: Final = 16 << 20
+"""Bytes of all of them together."""
+PARTS: Final = 10_000
+"""Chunks of a PNG, or segments of a JPEG before its first scan: encoders make hundreds at most, and each costs a
+microsecond.
+"""
 
 MOST_LEFT_OUT: Final = 10
 """Pictures that are not shown, of which a line says so."""
@@ -34,6 +56,8 @@ _SUFFIXES: Final = (".png", ".jpg", ".jpeg")
 _PNG: Final = b"\x89PNG\r\n\x1a\n"
 # Start-of-frame markers of JPEG, which carry the size; 0xC4, 0xC8 and 0xCC are others. ITU-T T.81, table B.1
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SCAN: Final = 0xDA
+_FILL: Final = re.compile(rb"\xff*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +76,18 @@ def pictures_of(result: Result) -> tuple[list[Picture], list[str]]:
     """
     pictures: list[Picture] = []
     left_out: list[str] = []
-    untold = 0
+    untold = looked_at = 0
+    bytes_left = LOOKED_AT_BYTES
     for name, size, read in _candidates(result):
         if len(pictures) == MOST_PICTURES:
             why = f"only {MOST_PICTURES} pictures are"
         elif size > PICTURE_BYTES:
             why = f"{size:,} bytes are more than {PICTURE_BYTES:,}"
+        elif looked_at == LOOKED_AT or size > bytes_left:
+            why = f"only {LOOKED_AT} pictures, and {LOOKED_AT_BYTES >> 20} MiB of them, are looked at"
         else:
+            looked_at += 1
+            bytes_left -= size
             try:
                 data = read()
                 pictures.append(Picture(name, _checked(data), data))
@@ -119,10 +148,13 @@ def _png_size(data: bytes) -> tuple[int, int]:
     """Width and height of a PNG whose chunks are whole. PNG specification, section 5."""
     size: tuple[int, int] | None = None
     at, seen = len(_PNG), False
-    while at + 12 <= len(data):
+    whole = memoryview(data)  # a chunk is not copied to be summed
+    for _ in range(PARTS):
+        if at + 12 > len(data):
+            break
         length = int.from_bytes(data[at : at + 4], "big")
         end = at + 12 + length
-        if end > len(data) or zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+        if end > len(data) or zlib.crc32(whole[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
             break
         kind = data[at + 4 : at + 8]
         if size is None:
@@ -133,22 +165,36 @@ def _png_size(data: bytes) -> tuple[int, int]:
         if kind == b"IEND" and seen:
             return size
         at = end
+    else:
+        raise _Unfit(f"the PNG has more than {PARTS:,} chunks")
     raise _Unfit("the PNG is damaged")
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a JPEG that has a frame, a scan and an end. ITU-T T.81, annex B."""
+    """Width and height of a JPEG that has a frame, a scan and an end. ITU-T T.81, annex B.
+
+    The segments up to the first scan are walked by their lengths. Behind that one stands entropy-coded data, which has
+    no lengths: the end is sought there, once.
+    """
     size: tuple[int, int] | None = None
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if kind == 0xFF:  # fill bytes
-            at += 1
-            continue
-        if kind in _FRAMES and at + 9 <= len(data):
-            height, width = struct.unpack(">HH", data[at + 5 : at + 9])
+    for _ in range(PARTS):
+        if at + 4 > len(data) or data[at] != 0xFF:
+            break
+        fill = _FILL.match(data, at)  # any number of them may stand before a marker's code
+        assert fill is not None  # noqa: S101 (it takes nothing, too)
+        at = fill.end()
+        kind, length = data[at : at + 1], int.from_bytes(data[at + 1 : at + 3], "big")
+        if not kind or length < 2:  # the length counts itself
+            break
+        if kind[0] in _FRAMES and at + 8 <= len(data):
+            height, width = struct.unpack(">HH", data[at + 4 : at + 8])
             size = (width, height)
-        if kind == 0xDA and size is not None and b"\xff\xd9" in data[at:]:
-            return size
-        at += 2 + length
+        if kind[0] == _SCAN:
+            if size is not None and data.find(b"\xff\xd9", at) >= 0:
+                return size
+            break
+        at += 1 + length
+    else:
+        raise _Unfit(f"the JPEG has more than {PARTS:,} segments")
     raise _Unfit("the JPEG is damaged")
