@@ -23,7 +23,7 @@ from sandboxd.tools.outcome import Refused, ToolResult, refusal, shown
 from sandboxd.tools.rates import Bucket, Budget, Spending
 from sandboxd.tools.recording import ToolCalled
 from sandboxd.tools.run_code import RunCode
-from sandboxd.tools.running import Coroutines, Threads
+from sandboxd.tools.running import Coroutines, Threads, aside
 from sandboxd.tools.tool import CALLERS, Tool
 
 if TYPE_CHECKING:
@@ -258,8 +258,10 @@ class Dispatcher(Closing):
         return self._ended(call, self._answer(call, tool, value))
 
     async def _drive_async(self, call: _Call) -> ToolResult:
+        """``_drive`` on the caller's loop, which long arguments do not hold up: those of code are a program's."""
+        is_small = values.is_small(call.plain)
         try:
-            tool = self._admit(call)
+            tool = self._admit(call) if is_small else await aside(self._admit, call)
             if tool.approval:
                 await self._question(call).ask_async(self._threads)
                 self._check_open()
@@ -272,11 +274,13 @@ class Dispatcher(Closing):
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
                 self._ended(call, refusal("unavailable", "The caller went away."))
                 raise
-            result = self._ended(call, answers.of_error(call.tool, call.name, error))
+            refused = answers.of_error(call.tool, call.name, error)
+            result = self._ended(call, refused) if is_small else await aside(self._ended, call, refused)
             if isinstance(error, Exception | asyncio.CancelledError):
                 return result
             raise
-        return self._ended(call, self._answer(call, tool, value))
+        result = self._answer(call, tool, value)
+        return self._ended(call, result) if is_small else await aside(self._ended, call, result)
 
     def _admit(self, call: _Call) -> Tool:
         """The steps before approval. Raises Refused."""

@@ -36,20 +36,24 @@ class Kept:
         self._size_bytes = size_bytes
         self._lock = threading.Lock()
         self._results: OrderedDict[str, Result] = OrderedDict()
+        self._sizes: dict[str, int] = {}
+        self._total = 0
         self._closed = False
 
     def add(self, result: Result) -> None:
         """Own *result* from now on."""
+        size = sum(file.size_bytes for file in result.files)  # once: a program may leave 100,000 files
         dropped: list[Result] = []
         with self._lock:
             if self._closed:
                 dropped.append(result)
             else:
                 self._results[result.id] = result
-                total = sum(map(_size, self._results.values()))
-                while len(self._results) > 1 and (len(self._results) > self._runs or total > self._size_bytes):
-                    _, oldest = self._results.popitem(last=False)
-                    total -= _size(oldest)
+                self._total += size - self._sizes.get(result.id, 0)
+                self._sizes[result.id] = size
+                while len(self._results) > 1 and (len(self._results) > self._runs or self._total > self._size_bytes):
+                    identity, oldest = self._results.popitem(last=False)
+                    self._total -= self._sizes.pop(identity)
                     dropped.append(oldest)
         for one in dropped:
             one.close()
@@ -87,9 +91,6 @@ class Kept:
         with self._lock:
             self._closed = True
             results, self._results = list(self._results.values()), OrderedDict()
+            self._sizes, self._total = {}, 0
         for one in results:
             one.close()
-
-
-def _size(result: Result) -> int:
-    return sum(file.size_bytes for file in result.files)

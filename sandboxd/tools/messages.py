@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sandboxd.tools import forms, values, vendors
 from sandboxd.tools.outcome import Refused, refusal
+from sandboxd.tools.running import aside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -92,20 +93,23 @@ def handle(dispatcher: Dispatching, message: object, attempts: Attempts | None, 
 async def ahandle(
     dispatcher: Dispatching, message: object, attempts: Attempts | None, pictures: bool
 ) -> list[dict[str, Any]]:
-    """As ``handle``, on the caller's loop; when it is cancelled, so are the calls."""
+    """As ``handle``, on the caller's loop; when it is cancelled, so are the calls. The loop awaits: answers, and the
+    pictures in them, are made in threads.
+    """
     steps = _steps(dispatcher, message, attempts, pictures)
     room = asyncio.Semaphore(AT_ONCE)
 
     async def answer(step: _Step) -> Answer:
         async with room:
-            return step.answered(await step.acalled())
+            return await aside(step.answered, await step.acalled())
 
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(answer(step)) for step in steps]
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from None
-    return forms.replies([task.result() for task in tasks])
+    answers = [task.result() for task in tasks]
+    return await aside(forms.replies, answers) if any(one.pictures for one in answers) else forms.replies(answers)
 
 
 def _steps(dispatcher: Dispatching, message: object, attempts: Attempts | None, pictures: bool) -> Sequence[_Step]:
@@ -138,7 +142,12 @@ class _Step:
     async def acalled(self) -> ToolResult:
         call = self._call
         try:
-            return self._too_many() or await self._dispatcher.acall(call.name, self._arguments(), call.caller)
+            refused = self._too_many()
+            if refused is not None:
+                return refused
+            is_small = values.is_small(call.arguments)
+            arguments = self._arguments() if is_small else await aside(self._arguments)
+            return await self._dispatcher.acall(call.name, arguments, call.caller)
         except Exception:
             return self._failed()
 

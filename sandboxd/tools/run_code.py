@@ -32,6 +32,7 @@ from sandboxd.tools.link import Toolbox
 from sandboxd.tools.outcome import Refused
 from sandboxd.tools.pictures import pictures_of
 from sandboxd.tools.review import Review, review, review_async
+from sandboxd.tools.running import aside
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -123,7 +124,7 @@ class RunCode:
     async def _run_async(
         self, code: str, language: str = "python", timeout: float | None = None, files: list[InputFile] | None = None
     ) -> dict[str, Any]:
-        """On an AsyncSandbox."""
+        """On an AsyncSandbox. What the program made is looked at in threads: the loop is the caller's."""
         sandbox = cast("AsyncSandbox", self._dispatcher.sandbox)
         arguments = offer.run_arguments(language, timeout, files or [])
         calls = _Calls(partial(self._dispatcher._call_from_code, loop=asyncio.get_running_loop()))
@@ -137,13 +138,13 @@ class RunCode:
         if self._wants_packages(result):
             with contextlib.suppress(SandboxError, RuntimeError):
                 self._learn(await sandbox.run(_LIST_PACKAGES, **_LISTING))
-        value = self._value(result, calls, files or [])
+        value = await aside(self._value, result, calls, files or [])
         hook = self._dispatcher.review
         if hook is not None and result.status == "ok":
             with _Judging(result):
-                subject = self._subject(code, result, value)
+                subject = await aside(self._subject, code, result, value)
                 _judge(value, await review_async(hook, subject, self._in_thread))
-        self.kept.add(result)
+        await aside(self.kept.add, result)  # it may free hundreds of megabytes of earlier ones
         return value
 
     def _wait(self, loop: asyncio.AbstractEventLoop | None, verdict: Awaitable[Any]) -> Any:

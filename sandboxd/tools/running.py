@@ -3,6 +3,9 @@
 Python cannot stop a function in a thread. One that goes on after its time is abandoned: its caller gets the answer
 "timeout" and the thread is counted until the function returns. The threads are daemons of our own and not those of
 concurrent.futures, which the interpreter would wait for at its end.
+
+Such threads also do ``aside`` what is too long for a caller's loop: whatever reads, checks or writes what a program
+made. Such work is bounded and linear, but its bounds are megabytes.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import math
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar
 
 from sandboxd.tools.forking import renewed_after_fork
 
@@ -23,6 +28,11 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 0.5  # that a cancelled coroutine has to end
 _IDLE_SECONDS = 10.0  # after which a thread without work ends
 _THREADS = 128  # at most at work, abandoned ones not counted; more work waits for one of them
+
+_ASIDE_THREADS = 4
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 Outcome = tuple[bool, Any]  # (True, value) or (False, the exception)
 
@@ -59,7 +69,7 @@ class Threads:
     At most *most_abandoned* functions may be left behind; then ``run`` and ``run_async`` raise NoThread.
     """
 
-    def __init__(self, most_abandoned: int, most_threads: float = _THREADS) -> None:
+    def __init__(self, most_abandoned: float, most_threads: float = _THREADS) -> None:
         self._most_abandoned = most_abandoned
         self._most_threads = most_threads
         self._closed = False
@@ -195,6 +205,23 @@ class Threads:
 
 def _nobody() -> None:
     """Is told that a function has ended."""
+
+
+_aside: Final = Threads(most_abandoned=math.inf, most_threads=_ASIDE_THREADS)  # nothing there takes long
+
+
+async def aside(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """What *function* returns or raises, called in a thread with this context while the loop goes on.
+
+    It must end by itself, and soon. A cancelled caller does not wait for it: what it does to an object must be safe in
+    threads, and what it takes into its care must not be lost. In a process that can start no thread it is called here.
+    """
+    call = partial(function, *args, **kwargs)
+    try:
+        made: R = await _aside.run_async(call, None)
+    except NoThread:
+        return call()
+    return made
 
 
 async def _outcome(function: Callable[[], Coroutine[Any, Any, Any]]) -> Outcome:

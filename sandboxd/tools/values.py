@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 ARGUMENTS_BYTES = 1 << 20  # of JSON
 VALUES = 50_000  # in the arguments of one call: each costs far more than its bytes
 DEPTH = 32  # of lists and objects in each other, arguments and results alike
+SMALL_BYTES = 16 << 10  # of JSON: what takes no longer than a loop may be held, whatever is done to it
 _FLAT = frozenset((str, bool, type(None)))  # nothing about them needs to be checked
 _INT_BITS = 1024  # as many as the largest float has when it is read as an integer
 
@@ -150,6 +151,18 @@ def _fewer(left: int, count: int) -> int:
     if count > left:
         _bad(f"The arguments hold more than {VALUES} values.", "Send fewer, or in several calls.")
     return left - count
+
+
+def is_small(value: object) -> bool:
+    """Whether *value*, arguments as they came, is read and checked in a few milliseconds."""
+    if isinstance(value, dict | list | tuple):
+        try:
+            return _least(cast("object", value), SMALL_BYTES, DEPTH) >= 0
+        except (NotPlain, RuntimeError):  # refused sooner or later; or changed meanwhile
+            return False
+    if isinstance(value, str | bytes | bytearray):
+        return len(value) <= SMALL_BYTES
+    return value is None or isinstance(value, int | float)
 
 
 def has_whole_floats(value: object) -> bool:

@@ -93,9 +93,11 @@ def _files(run: str, made: Sequence[OutputFile]) -> list[dict[str, Any]]:
     told: list[dict[str, Any]] = []
     left = FILES_BYTES
     for file in made:
+        if len(told) == MOST_FILES:
+            break
         one = {"path": file.path, "size_bytes": file.size_bytes, "id": file_reference(run, file.path)}
         size = 2 * len(json.dumps(file.path))  # it stands in the reference as well
-        if size <= left and len(told) < MOST_FILES:
+        if size <= left:
             left -= size
             told.append(one)
     return told
