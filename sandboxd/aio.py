@@ -1,4 +1,8 @@
-"""AsyncSandbox: the same handle for asyncio. Packets are read and callbacks called on the caller's loop."""
+"""AsyncSandbox: the same handle for asyncio. Packets are read and callbacks called on the caller's loop.
+
+What did not fit into a packet came in a memfd, and may hold 100,000 names and megabytes of text that a program chose.
+It is parsed in a thread: that takes up to some hundred milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ import asyncio
 import contextlib
 import os
 import threading
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from sandboxd import protocol
 from sandboxd.client import CANCEL_SECONDS, DESCRIPTORS, RUN_DEFAULTS, Sandbox
@@ -25,6 +30,8 @@ if TYPE_CHECKING:
     from sandboxd.result import Result
 
 __all__ = ["AsyncSandbox"]
+
+R = TypeVar("R")
 
 
 class AsyncSandbox:
@@ -141,7 +148,8 @@ class AsyncSandbox:
                     raise
                 sandbox._forget_idle()  # as in Sandbox.run
             except BaseException:
-                await _cancel(sock)
+                if not exchange.answered:
+                    await _cancel(sock)
                 raise
             else:
                 return result
@@ -212,11 +220,54 @@ async def _drive(sock: socket.socket, exchange: Exchange, fresh: bool) -> Result
             await _send(sock, *protocol.pack(protocol.hello()))
         await _send(sock, *exchange.packet())
         exchange.sent = True
-    while (packet := await _receive(sock)) is not None:
-        if exchange.feed(packet):
+
+    def drop(packet: Packet | None) -> None:
+        if packet is not None:
+            exchange.note(packet)
+            packet.close()
+
+    while (packet := await _receive(sock, drop)) is not None:
+        if await _feed(exchange, packet):
             assert exchange.result is not None  # noqa: S101 (feed's promise)
             return exchange.result
     raise exchange.lost()
+
+
+async def _feed(exchange: Exchange, packet: Packet) -> bool:
+    """``Exchange.feed``; a large result is read in a thread, once the callbacks have had the last output here."""
+    if isinstance(packet.payload, bytes) or packet.message.get("op") != "result":
+        return exchange.feed(packet)
+    try:
+        exchange.flush()
+    except BaseException:
+        exchange.note(packet)
+        packet.close()
+        raise
+
+    def drop(_: object) -> None:
+        if exchange.result is not None:
+            exchange.result.close()
+
+    return await _in_thread(partial(exchange.feed, packet), drop)
+
+
+async def _in_thread(function: Callable[[], R], drop: Callable[[R], None]) -> R:
+    """What *function* returns or raises, called in a thread. A cancellation waits for it, so that *drop* can free what
+    it made. In a process that can start no thread it is called here.
+    """
+    try:
+        call = asyncio.get_running_loop().run_in_executor(None, function)
+    except RuntimeError:
+        return function()
+    try:
+        return await asyncio.shield(call)
+    except asyncio.CancelledError:
+        while not call.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((call,))
+        if call.exception() is None:
+            drop(call.result())
+        raise
 
 
 async def _cancel(sock: socket.socket) -> None:
@@ -224,7 +275,7 @@ async def _cancel(sock: socket.socket) -> None:
     with contextlib.suppress(OSError, SandboxError, TimeoutError):
         async with asyncio.timeout(CANCEL_SECONDS):
             await _send(sock, *protocol.pack(protocol.CANCEL))
-            while (packet := await _receive(sock)) is not None:
+            while (packet := await _receive(sock, _close)) is not None:
                 packet.close()
                 if packet.message.get("op") in ("result", "refused"):
                     return
@@ -243,11 +294,23 @@ async def _send(sock: socket.socket, buffers: Sequence[Any], fd: int) -> None:
             os.close(fd)
 
 
-async def _receive(sock: socket.socket) -> Packet | None:
+async def _receive(sock: socket.socket, drop: Callable[[Packet | None], None]) -> Packet | None:
+    """The next packet; *drop* gets the one that was being parsed when this was cancelled."""
     while True:
         try:
-            return protocol.receive(sock, descriptors=DESCRIPTORS)
+            raw = protocol.take(sock)
+            break
         except BlockingIOError:
             await readable(sock.fileno())
         except ConnectionResetError:
-            return protocol.receive(sock, descriptors=DESCRIPTORS)  # as in sandboxd.client
+            raw = protocol.take(sock)  # as in sandboxd.client
+            break
+    if raw is None:
+        return None
+    parse = partial(protocol.parse, raw, descriptors=DESCRIPTORS)
+    return await _in_thread(parse, drop) if raw.is_large else parse()
+
+
+def _close(packet: Packet | None) -> None:
+    if packet is not None:
+        packet.close()

@@ -139,6 +139,8 @@ class Exchange:
         self._tools = tools
         self._queued = False
         self.sent = False
+        self.answered = False
+        """The last packet of the run has come, whether it was fed or not."""
         self.result: Result | None = None
 
     def packet(self) -> tuple[list[Buffer], int]:
@@ -155,6 +157,7 @@ class Exchange:
         Calls the callbacks. Raises what the engine refused with, or what a callback raised, or ProtocolError.
         """
         message = packet.message
+        self.note(packet)
         try:
             operation = message.get("op")
             if operation == "output":
@@ -171,13 +174,17 @@ class Exchange:
             if operation == "refused" and isinstance(message.get("error"), dict):
                 raise from_plain(message["error"])
             if operation == "result" and isinstance(message.get("result"), dict):
-                self._flush()
+                self.flush()
                 payload, packet.payload = packet.payload, b""
                 self.result = Result.from_wire(message["result"], payload)
                 return True
             raise ProtocolError(f"The engine sent {str(operation)[:40]!r}, which is no answer.")
         finally:
             packet.close()
+
+    def note(self, packet: Packet) -> None:
+        """See whether *packet* is the last one."""
+        self.answered = self.answered or packet.message.get("op") in ("result", "refused")
 
     def _output(self, stream: object, data: bytes) -> None:
         if stream not in (1, 2) or not isinstance(stream, int):
@@ -187,7 +194,8 @@ class Exchange:
         if callback is not None and text:
             callback(text)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Give the callbacks what is left of the streams' text; of no effect when that is done."""
         for stream, callback in self._callbacks.items():
             text = self._decoders[stream].decode(b"", final=True)
             if callback is not None and text:
