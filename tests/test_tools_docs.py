@@ -16,7 +16,8 @@ from sandboxd.tools import CODES, Budget, Dispatcher, tool
 from sandboxd.tools.dispatcher import RESULT_BYTES
 from sandboxd.tools.kept import KEPT_RUNS
 from sandboxd.tools.offer import MOST_FILES
-from sandboxd.tools.pictures import MOST_PICTURES, PICTURE_BYTES, PICTURE_PIXELS
+from sandboxd.tools.pictures import LOOKED_AT, LOOKED_AT_BYTES, MOST_PICTURES, PICTURE_BYTES, PICTURE_PIXELS
+from sandboxd.tools.schema import SET_ITEMS, SET_OBJECTS
 from sandboxd.tools.view import STREAM_CHARACTERS
 from tests.conftest import EXAMPLES
 from tests.test_readme import agree, blocks, table_rows
@@ -83,6 +84,8 @@ def test_numbers_are_those_of_the_code() -> None:
     assert f"among the latest {KEPT_RUNS} " in text
     assert f"at most four, {PICTURE_BYTES >> 20} MiB and {PICTURE_PIXELS:,} pixels a side" in text
     assert MOST_PICTURES == 4
+    assert f"{LOOKED_AT} pictures are looked at, and {LOOKED_AT_BYTES >> 20} MiB of them" in text
+    assert f"at most {SET_ITEMS:,} items, of models and dataclasses {SET_OBJECTS}:" in text
     assert (
         f"{OUTSTANDING} at a time. Arguments have at most {CALL_BYTES >> 20} MiB, results {ANSWER_BYTES >> 20} MiB"
         in text

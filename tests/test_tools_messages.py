@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import importlib.util
 import json
 import threading
+import time
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -16,8 +18,17 @@ from pydantic import TypeAdapter
 
 from sandboxd.tools import Dispatcher, tool
 from sandboxd.tools.forms import calls_of
-from sandboxd.tools.pictures import MOST_PICTURES, PICTURE_BYTES, Picture, pictures_of
-from tests.pictures import jpeg, png
+from sandboxd.tools.pictures import (
+    LOOKED_AT,
+    LOOKED_AT_BYTES,
+    MOST_PICTURES,
+    PICTURE_BYTES,
+    Picture,
+    _checked,
+    _Unfit,
+    pictures_of,
+)
+from tests.pictures import damaged_png, endless_jpeg, jpeg, png
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -569,6 +580,50 @@ def test_only_so_many_pictures_go_along(sandbox: Sandbox) -> None:
     assert left_out == [f"picture {number}.png: not shown, only {MOST_PICTURES} pictures are" for number in (4, 5)]
 
 
+def test_only_so_many_pictures_are_looked_at(sandbox: Sandbox) -> None:
+    files = {f"{number:02}_jpg": endless_jpeg(100) for number in range(LOOKED_AT)}
+    with result_with(sandbox, **files, z_png=png(1, 1)) as result:
+        pictures, left_out = pictures_of(result)
+
+    assert pictures == []
+    assert left_out[-1] == "and 7 more pictures: not shown"
+    assert left_out[0] == "picture 00.jpg: not shown, the JPEG is damaged"
+
+
+def test_only_so_many_bytes_of_pictures_are_looked_at(sandbox: Sandbox) -> None:
+    code = f"for n in range(9): open(f'{{n}}.jpg', 'wb').write(b'x' * {PICTURE_BYTES})\nopen('z.jpg', 'wb').write(b'x')"
+    with sandbox.run(code) as result:
+        pictures, left_out = pictures_of(result)
+
+    assert pictures == []
+    reasons = [line.partition(", ")[2] for line in left_out]
+    most = LOOKED_AT_BYTES // PICTURE_BYTES
+    assert reasons[:most] == ["it is neither PNG nor JPEG"] * most
+    assert reasons[most:9] == ["only 16 pictures, and 16 MiB of them, are looked at"] * (9 - most)
+    assert reasons[9] == "it is neither PNG nor JPEG"  # there is room for a small one
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (damaged_png(12 * 20_000), "the PNG has more than 10,000 chunks"),
+        (b"\xff\xd8" + b"\xff\xe0\0\2" * 20_000, "the JPEG has more than 10,000 segments"),
+        (b"\xff\xd8\xff\xe0\0\1" + jpeg(2, 2)[2:], "the JPEG is damaged"),
+        (b"\xff\xd8" + b"\xff" * 1000, "the JPEG is damaged"),
+    ],
+)
+def test_a_picture_of_too_many_or_of_wrong_parts_is_left_out(data: bytes, why: str) -> None:
+    with pytest.raises(_Unfit, match=why):
+        _checked(data)
+
+
+def test_fill_bytes_before_a_marker_are_none_of_its_segment() -> None:
+    data = jpeg(5, 4)
+    assert _checked(data.replace(b"\xff\xc0", b"\xff" * 30 + b"\xc0")) == "image/jpeg"
+    with pytest.raises(_Unfit, match="9001 x 4"):
+        _checked(jpeg(9001, 4).replace(b"\xff\xc0", b"\xff" * 30 + b"\xc0"))
+
+
 def test_lines_about_pictures_left_out_are_few_and_short(dispatcher: Dispatcher) -> None:
     code = "for n in range(300): open('p' * 150 + f'{n:03}.png', 'w').write('x')"
     (block,) = dispatcher.handle(anthropic(("run_code", {"code": code})))[0]["content"]
@@ -603,13 +658,36 @@ def test_what_is_left_out_is_said_in_the_answer(dispatcher: Dispatcher) -> None:
 
 @given(st.binary(max_size=300), st.sampled_from([png(3, 3), jpeg(3, 3), b""]), st.integers(0, 200))
 def test_any_bytes_are_a_picture_or_not(data: bytes, start: bytes, cut: int) -> None:
-    from sandboxd.tools import pictures
-
     try:
-        kind = pictures._checked(start[:cut] + data)
-    except pictures._Unfit:
+        kind = _checked(start[:cut] + data)
+    except _Unfit:
         return
     assert kind in ("image/png", "image/jpeg")
+
+
+# What a parser of pictures reads as structure, for a program that puts it together as nobody would.
+PIECES = (
+    *(b"\xff", b"\xff\xd8", b"\xff\xd9", b"\xff\xda\0\2", b"\xff\xda\0\0", b"\xff\xc0\0\x0b", b"\xff\xe0\xff\xff"),
+    *(
+        png(1, 1)[:8],
+        png(1, 1)[8:33],
+        png(1, 1)[33:],
+        damaged_png(0),
+        damaged_png(100)[-12:],
+        b"\0\0\0\0IEND",
+        bytes(4),
+    ),
+    *(jpeg(2, 2), jpeg(2, 2)[2:], b"\xff\xff\xff\xffIDAT", b"\x7f\xff\xff\xff"),
+)
+
+
+@given(st.lists(st.tuples(st.sampled_from(PIECES), st.integers(1, 2000)), max_size=8), st.sampled_from([png, jpeg]))
+def test_pieces_of_pictures_are_read_in_little_time(pieces: list[tuple[bytes, int]], start: Any) -> None:
+    data = start(2, 2)[:40] + b"".join(piece * count for piece, count in pieces)
+    begun = time.thread_time()
+    with contextlib.suppress(_Unfit):
+        assert _checked(data) in ("image/png", "image/jpeg")
+    assert time.thread_time() - begun < 0.5
 
 
 def test_older_form_is_told_and_not_taken_for_an_answer_without_calls(dispatcher: Dispatcher) -> None:

@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from sandboxd.tools import Dispatcher, Tool, ToolError, ToolResult, tool
 from sandboxd.tools.checking import Checker
 from sandboxd.tools.docstrings import split
+from sandboxd.tools.schema import SET_ITEMS, SET_OBJECTS
 from sandboxd.tools.values import VALUES
 
 NEW_YEAR = datetime.date(2024, 1, 1)
@@ -29,6 +30,10 @@ NEW_YEAR = datetime.date(2024, 1, 1)
 class Row(BaseModel):
     region: str
     amount: float = 0.0
+
+
+class Frozen(BaseModel, frozen=True):
+    a: int
 
 
 class Colour(enum.Enum):
@@ -799,3 +804,48 @@ def test_all_that_a_check_of_the_author_refuses_is_told_of_short_arguments() -> 
     for part in ("what.0", "what.2", "names.a"):
         assert f"{part}: " in text
     assert "There is more" not in text
+
+
+@pytest.mark.parametrize(
+    ("annotation", "most", "make"),
+    [
+        (set[int], SET_ITEMS, int),
+        (frozenset[float], SET_ITEMS, float),
+        (set[uuid.UUID], SET_ITEMS, lambda k: str(uuid.UUID(int=k))),
+        (set[tuple[int, str]], SET_ITEMS, lambda k: [k, ""]),
+        (set[int | None], SET_ITEMS, int),
+        (set[Frozen], SET_OBJECTS, lambda k: {"a": k}),
+        (set[tuple[Frozen, int]], SET_OBJECTS, lambda k: [{"a": k}, 1]),
+        (set[int | Frozen], SET_OBJECTS, int),
+        (dict[str, set[int]], None, None),
+        (set[str], None, str),
+    ],
+)
+def test_a_set_of_what_a_caller_can_give_one_hash_is_bounded(annotation: Any, most: int | None, make: Any) -> None:
+    def take(given: Any) -> int:
+        return len(given)
+
+    take.__annotations__["given"] = annotation
+    made = Tool(take)
+    if make is None:
+        assert not ask(made, {"given": {"a": [*range(SET_ITEMS + 1)]}}).ok
+        return
+    if most is None:
+        assert ask(made, {"given": [make(k) for k in range(SET_ITEMS + 1)]}).ok
+        return
+    assert made.arguments_schema["properties"]["given"]["maxItems"] == most
+    assert ask(made, {"given": [make(k) for k in range(most)]}).value == most
+    refused = ask(made, {"given": [make(k) for k in range(most + 1)]})
+    assert refused.error is not None
+    assert f"a list of at most {most} items" in refused.error.message
+
+
+def test_a_set_with_a_smaller_bound_keeps_it_and_a_result_has_none() -> None:
+    @tool
+    def take(given: Annotated[set[int], Field(max_length=5)]) -> set[int]:
+        return set(range(2000))
+
+    assert take.arguments_schema["properties"]["given"]["maxItems"] == 5
+    assert take.result_schema is not None
+    assert "maxItems" not in take.result_schema
+    assert ask(take, {"given": [1]}).ok

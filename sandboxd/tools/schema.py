@@ -8,6 +8,8 @@ schema allows more than pydantic reads, it is made to say so or the type is refu
 - Times are ISO 8601 strings, never numbers; zone and seconds may be absent. UUIDs are in their hyphenated form.
 - bytes are standard base64 with padding. Decimals are numbers, or strings in plain or exponent form.
 - Sets take lists; repeated items count once. Tuples take lists of exactly their length.
+- Sets of anything but strings take at most SET_ITEMS items, of objects SET_OBJECTS. Hashes of numbers, and hashes made
+  of them, are no secret: a caller could choose n items that have the same one, which cost n * n comparisons.
 - Keys of objects are strings: dict[int, ...] is refused, since its keys would be read from text.
 - A recursive choice between models needs a discriminator: without one, checking takes exponential time.
 - A validator of one's own (pydantic's AfterValidator, field_validator, ...) narrows further; no schema can show it.
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
     from sandboxd.tools.fitting import Schema
 
+SET_ITEMS = 1000  # of numbers, UUIDs and the like, compared in less than 0.1 us
+SET_OBJECTS = 100  # of models and dataclasses, compared in 2 us
 _PROBLEMS = 3
 _SHORT = 4096  # of arguments' JSON: so few bytes cannot have many errors that the schema does not explain
 _ERRORS = 1000  # that are looked at
@@ -65,10 +69,19 @@ class _Generator(GenerateJsonSchema):
         return {"anyOf": [number, text]}
 
     def set_schema(self, schema: core_schema.SetSchema) -> Schema:
-        return _without(super().set_schema(schema), "uniqueItems")
+        return self._set(super().set_schema(schema), schema)
 
     def frozenset_schema(self, schema: core_schema.FrozenSetSchema) -> Schema:
-        return _without(super().frozenset_schema(schema), "uniqueItems")
+        return self._set(super().frozenset_schema(schema), schema)
+
+    def _set(self, made: Schema, schema: core_schema.SetSchema | core_schema.FrozenSetSchema) -> Schema:
+        """Repeated items are allowed; many that a caller can give one hash are not."""
+        made = {name: value for name, value in made.items() if name != "uniqueItems"}
+        items: Any = schema.get("items_schema", {"type": "any"})
+        if self.mode == "validation" and not _is_all(items, ("str",)):  # whose hash nobody can foresee
+            most = SET_ITEMS if _is_all(items, _SCALARS) else SET_OBJECTS
+            made["maxItems"] = min(most, made.get("maxItems", most))
+        return made
 
     def dict_schema(self, schema: core_schema.DictSchema) -> Schema:
         keys: Any = schema.get("keys_schema", {"type": "any"})
@@ -101,8 +114,25 @@ class _Generator(GenerateJsonSchema):
         raise TypeError("JSON has no complex numbers")
 
 
-def _without(schema: Schema, key: str) -> Schema:
-    return {name: value for name, value in schema.items() if name != key}
+_SCALARS = (
+    *("str", "int", "float", "decimal", "bool", "none", "uuid", "timedelta", "date", "time", "datetime", "bytes"),
+    *("url", "multi-host-url", "enum", "literal"),
+)
+
+
+def _is_all(schema: Any, kinds: tuple[str, ...]) -> bool:
+    """Whether the core *schema* is of one of *kinds*, or a tuple of such, or a choice between such."""
+    while schema["type"] not in ("model", "dataclass") and "schema" in schema:  # a function around it
+        schema = schema["schema"]
+    parts: list[Any] = [*schema.get("items_schema", ())] if schema["type"] == "tuple" else []
+    if schema["type"] == "union":
+        parts = [part[0] if isinstance(part, tuple) else part for part in schema["choices"]]
+    return all(_is_all(part, kinds) for part in parts) if parts else schema["type"] in kinds
+
+
+def _has_bounded_set(schema: Schema) -> bool:
+    """Whether the schema must be asked before pydantic, which does not know these bounds."""
+    return any(part.get("maxItems") in (SET_ITEMS, SET_OBJECTS) for part in everywhere(schema))
 
 
 def _generate(adapter: TypeAdapter[Any], mode: Any, what: str) -> Schema:
@@ -166,6 +196,7 @@ class Arguments:
         # collects could become too many.
         self._checker = Checker(self.schema)
         self._first = fitting.needs_exact(self.schema) or fitting.has_many_errors(self.schema)
+        self._first |= _has_bounded_set(self.schema)
         if not failfast.COVERS_OBJECTS:
             self._first |= any(isinstance(part.get("additionalProperties"), dict) for part in everywhere(self.schema))
         self._validate = failfast.validator(adapter.core_schema).validate_json
