@@ -62,6 +62,8 @@ class Names:
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
         self._known: dict[str, str] = {}
+        self._taken = set(_OWN_NAMES)
+        self._numbers: dict[str, int] = {}
 
     def of(self, wanted: str, key: str) -> tuple[str, bool]:
         """The name for the schema whose identity is *key*, and whether it is new."""
@@ -69,10 +71,12 @@ class Names:
             return self._known[key], False
         base = re.sub(r"\W+", "_", wanted, flags=re.ASCII).strip("_") or "Record"
         base = f"T{base}" if base[0].isdigit() or keyword.iskeyword(base) else base
-        name, number = base, 1
-        while name in self.records or name in _OWN_NAMES or name in self._known.values():
+        name, number = base, self._numbers.get(base, 1)
+        while name in self._taken:
             number += 1
             name = f"{base}{number}"
+        self._numbers[base] = number
+        self._taken.add(name)
         self._known[key] = name
         return name, True
 
