@@ -64,7 +64,7 @@ async def holding() -> AsyncIterator[Held]:
             await asyncio.sleep(TICK_SECONDS)
             held.late = max(held.late, held.now() - begun - TICK_SECONDS)
 
-    asyncio.Handle._run = timed  # type: ignore[method-assign]
+    asyncio.Handle._run = timed  # type: ignore[method-assign,assignment]
     ticks = asyncio.create_task(ticking())
     try:
         await asyncio.sleep(TICK_SECONDS)
