@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
+import threading
 import time
+import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd import AsyncSandbox, Limits
+from sandboxd import AsyncSandbox
+from sandboxd.result import Result
 from sandboxd.tools import Dispatcher, tool
-from sandboxd.tools.kept import KEPT_BYTES
 from tests.held import holding
 from tests.pictures import damaged_png, endless_jpeg
 
@@ -156,36 +159,43 @@ def test_a_result_with_thousands_of_long_names_does_not_hold_the_loop() -> None:
 
 def test_long_arguments_of_code_do_not_hold_the_loop() -> None:
     @tool
-    def count(numbers: list[list[int]], names: dict[str, str]) -> int:
+    def count(groups: list[set[uuid.UUID]]) -> int:
         """How many."""
-        return len(numbers) + len(names)
+        return sum(map(len, groups))
 
-    given = {"numbers": [[number] for number in range(20_000)], "names": {str(number): "x" for number in range(5000)}}
+    # All of one hash, as many as a set may have: the most work that arguments can be.
+    group = [str(uuid.UUID(int=number * sys.hash_info.modulus)) for number in range(1, 1000)]
 
     async def scene() -> Held:
         with Dispatcher([count]) as dispatcher:
             async with holding() as held:
-                result = await dispatcher.acall("count", given, "code")
-            assert result.value == 25_000
+                result = await dispatcher.acall("count", {"groups": [group] * 8}, "code")
+            assert result.value == 8 * 999
         return held
 
     check(scene)
 
 
 def test_results_that_are_dropped_are_closed_beside_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandboxd.tools.kept.KEPT_BYTES", KEPT_BYTES)
-    code = "open('large', 'wb').write(b'x' * (60 << 20))"
+    closed: list[int] = []
+    plain = Result.close
 
-    async def scene() -> Held:
-        async with AsyncSandbox(limits=Limits(workspace_bytes="64M")) as sandbox:
+    def close(result: Result) -> None:
+        closed.append(threading.get_ident())
+        plain(result)
+
+    async def scene() -> None:
+        async with AsyncSandbox() as sandbox:
             with Dispatcher(sandbox=sandbox) as dispatcher:
-                dispatcher._code.kept._size_bytes = 1
-                await dispatcher.ahandle(message(code))
-                async with holding() as held:
-                    await dispatcher.ahandle(message(code))
-        return held
+                dispatcher._code.kept._runs = 1
+                await dispatcher.ahandle(message("print(1)"))
+                monkeypatch.setattr(Result, "close", close)
+                await dispatcher.ahandle(message("print(2)"))
+                monkeypatch.undo()
 
-    check(scene)
+    asyncio.run(scene())
+    assert len(closed) == 1
+    assert closed[0] != threading.get_ident()
 
 
 def test_a_cancelled_wait_for_a_large_result_leaves_no_descriptor() -> None:

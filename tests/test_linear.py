@@ -372,7 +372,9 @@ def called(packets: list[bytes]) -> object:
 def heard(packets: list[bytes]) -> object:
     """The same packets in the host's program."""
     box = Toolbox("", 1, lambda body, _: body)
-    return [box._take(packet) for packet in packets]
+    for packet in packets:
+        box._take(packet)
+    return None
 
 
 def calls_of(n: int, body: bytes) -> list[bytes]:
