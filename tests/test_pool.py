@@ -456,7 +456,7 @@ def test_a_daemon_lends_nobody_a_cell(served: daemons.Served) -> None:
 @pytest.mark.parametrize(
     "message",
     [
-        {"op": "done", "lease": "0" * 16},
+        {"op": "done", "lease": "0" * 16, "status": "ok"},
         {"op": "take", "seconds": 0.0, "lease": "0" * 16, "stdout": 0, "stderr": 0, "frame": 0},
         {"op": "lease", "lease": "0" * 16},
         {"op": "revoked", "lease": "0" * 16},
@@ -595,7 +595,7 @@ def test_done_without_a_start_ends_the_cell_and_lends_another(own: Sandbox) -> N
     sock, message, fds = borrowed(own)
     try:
         before = settled(engine_of(own))
-        protocol.send(sock, {"op": "done", "lease": message["lease"]})
+        protocol.send(sock, {"op": "done", "lease": message["lease"], "status": "ok"})
         packet = protocol.receive(sock, descriptors=FDS)
         assert packet is not None
         assert packet.message["op"] == "lease"
@@ -615,7 +615,7 @@ def test_a_lease_that_there_is_not_is_nobodys(own: Sandbox, name: Any) -> None:
     sock, _, fds = borrowed(own)
     try:
         before = {one.pid for one in settled(engine_of(own))}
-        protocol.send(sock, {"op": "done", "lease": name})
+        protocol.send(sock, {"op": "done", "lease": name, "status": "ok"})
         protocol.send(sock, {"op": "take", "seconds": 0.0, "lease": name, "stdout": 0, "stderr": 0, "frame": 0})
         packet = protocol.receive(sock, descriptors=FDS)
         assert packet is not None

@@ -183,6 +183,7 @@ PATHS = [
     "x" * 256,
     "é" * 128,
     "/".join(["x" * 250] * 17),
+    "/".join(["x"] * 66),
 ]
 
 
@@ -192,9 +193,7 @@ def test_a_path_that_is_not_plainly_below_the_workspace_is_refused(path: str) ->
         check_guest_path(path)
 
 
-@pytest.mark.parametrize(
-    "path", ["a", "a/b", "...", "..a", "a b\n", "-rf", "é" * 127, "x" * 255, "/".join(["x"] * 2048)]
-)
+@pytest.mark.parametrize("path", ["a", "a/b", "...", "..a", "a b\n", "-rf", "é" * 127, "x" * 255, "/".join(["x"] * 65)])
 def test_any_other_path_is_taken_as_it_is(path: str) -> None:
     assert check_guest_path(path) == path
 

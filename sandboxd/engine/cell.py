@@ -428,7 +428,10 @@ class Cell:
         # Its children may live, and send for as long as they do: first the kill. What it said is read when it is dead.
         if self._rider is not None:
             self._rider.exited()
-        elif self.life.state in (State.SEALING, State.SEALED):
+            return
+        if self.life.state is State.SEALING and self.channel is not None:
+            self._speaks()  # no program has been in it: which step was refused, if it could say so
+        if self.life.state in (State.SEALING, State.SEALED):
             when = "before its walls were up" if self.life.state is State.SEALING else "while nobody had it"
             self._fail(Unavailable("cell", None, "look at the engine's log", f"the new cell ended {when}"))
 

@@ -22,6 +22,7 @@ from sandboxd import cgroup, ids, native
 from sandboxd.engine import heldtime, selftest
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.dying import Dying
+from sandboxd.engine.heldtime import HeldTime
 from sandboxd.engine.plan import Bare
 from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
 from sandboxd.engine.run import CellRun, Emit, LendTools
@@ -105,7 +106,7 @@ class Engine:
         """Runs that came to an end of their own or by a limit: a sign of life of everything that a run needs."""
         self.bodies = Bodies(self)
         self.tally = Tally()
-        self.held = heldtime.of(asyncio.get_running_loop())
+        self.held = HeldTime()
         self.trail = trail(config.audit)
         self.reading = asyncio.Lock()
         """Of who reads the audit record."""
@@ -114,6 +115,7 @@ class Engine:
     def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
         native.hide_self()
+        self.held = heldtime.of(asyncio.get_running_loop())
         # Every cell takes some thirty descriptors here; what cells may open is their own limit.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
