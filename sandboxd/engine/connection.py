@@ -48,6 +48,8 @@ LARGE_BYTES: Final = 1 << 20
 """Of a payload that is looked at, and given back, by another thread than the loop's."""
 LARGE_TEXT_BYTES: Final = 1 << 13
 """Of a message whose contents are judged by another thread: a loop over some hundred files takes a millisecond."""
+FEW_FILES: Final = 64
+"""Of a result; the names of more are counted and encoded by another thread."""
 _SHOWN_KEYS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
@@ -408,7 +410,10 @@ class Connection:
             await self._send(message, texts)
             return
         try:
-            packed = self._with_files(message, header, texts, files)
+            if len(header["files"]) <= FEW_FILES:
+                packed = self._with_files(message, header, texts, files)
+            else:
+                packed = await in_thread(self._with_files, message, header, texts, files, discard=_close_packed)
         except OSError as error:
             # The program ran: that must be told, with what there is.
             log.error("the files of run %s cannot be sent: %s", header["id"], error)
@@ -528,6 +533,11 @@ class Connection:
             self._interrupt()
         else:
             self._look_away()  # its turn comes
+
+
+def _close_packed(packed: tuple[list[Any], int]) -> None:
+    """Nobody will send it."""
+    os.close(packed[1])
 
 
 def _code_bytes(run: dict[str, Any]) -> int:

@@ -185,7 +185,7 @@ def _walk(by: CellFiles, workspace: int, found: Collected) -> list[str]:
                         continue
                     name = f"{path}/{entry.name}" if path else entry.name
                     if entry.is_dir(follow_symlinks=False):
-                        if depth < DEPTH:
+                        if depth < DEPTH and _is_plain(name):  # what is in it has a longer name
                             pending.append((name, depth + 1))
                         else:
                             found.skipped += 1
