@@ -16,6 +16,7 @@ import pytest
 
 from sandboxd import Sandbox
 from sandboxd.engine.prepared import WALLS
+from tests import promptness
 from tests.attacks import ATTACKS, SAMPLE, Attack
 from tests.attacks.bait import bait
 from tests.attacks.base import attempt, program
@@ -83,6 +84,17 @@ def walled() -> Iterator[Callable[[str | None], Sandbox]]:
             return made[wall]
 
         yield get
+
+
+@pytest.fixture
+def prompt(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As in conftest.py, of the engine that the row is tried on; those without walls are in reach of programs."""
+    name = next((name for name in ("strict", "sandbox") if name in request.fixturenames), None)
+    if name is None:
+        yield
+        return
+    with promptness.prompt(request.getfixturevalue(name)):
+        yield
 
 
 def expected(row: Attack) -> str:

@@ -211,7 +211,7 @@ def some_profiles(draw: st.DrawFn) -> Profile:
     return Profile("any", draw(actions), tuple(rules))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(profile=some_profiles(), registers=st.lists(st.tuples(*[words] * 6), min_size=1, max_size=8))
 def test_any_profile_is_split_without_a_change_of_meaning(profile: Profile, registers: list[tuple[int, ...]]) -> None:
     layers = seccomp.compile_layers(profile)
@@ -222,7 +222,7 @@ def test_any_profile_is_split_without_a_change_of_meaning(profile: Profile, regi
         assert together(layers, X86_64, number, arguments) == answer(action.kind, action.errno)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(test=some_tests(), given=st.lists(some_tests(), min_size=1, max_size=3), registers=st.tuples(*[words] * 6))
 def test_what_is_known_of_a_condition_is_true_of_every_call_of_a_need(
     test: Test, given: list[Test], registers: tuple[int, ...]

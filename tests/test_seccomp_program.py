@@ -192,7 +192,7 @@ def some_profiles(draw: st.DrawFn) -> Profile:
     return Profile("any", draw(actions), tuple(rules))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(profile=some_profiles(), registers=st.lists(st.tuples(*[words] * 6), min_size=1, max_size=8))
 def test_any_profile_compiles_to_its_meaning(profile: Profile, registers: list[tuple[int, ...]]) -> None:
     numbers = [*profile.numbers, 0, 500, 1001, 0x40000000, 0xFFFFFFFF]

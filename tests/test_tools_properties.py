@@ -251,7 +251,7 @@ def bent(draw: st.DrawFn, arguments: dict[str, Any]) -> dict[str, Any]:
     return changed
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(calls())
 def test_exactly_the_valid_calls_reach_the_function(drawn: tuple[dict[str, Any], set[str], dict[str, Any]]) -> None:
     annotations, optional, arguments = drawn
