@@ -109,6 +109,7 @@ def by_engine(sandbox: Sandbox, code: str, **arguments: Any) -> Result:
 def parked(sandbox: Sandbox, code: str, way: str, count: int = CELLS, **arguments: Any) -> Result:
     """Run *code* in a cell that was parked before, one *way* or the other."""
     settled(engine_of(sandbox), count)
+    leftovers.eventually(lambda: sandbox.stats()["parked"] == count, WAIT_SECONDS, "the engine knows of them")
     result = (directly if way == "direct" else by_engine)(sandbox, code, **arguments)
     assert result.warm
     return result
