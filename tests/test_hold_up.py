@@ -80,7 +80,9 @@ FINISHED: Final = b'{"exit_code":0,"error":null,"results":[]}'
 def test_orphans_that_send_for_ever_end_with_their_parent(sandbox: Sandbox, packet: bytes) -> None:
     begun = time.monotonic()
     with prompt(sandbox):
-        result = run(sandbox, ORPHANS_SEND.format(packet=packet, size=len(packet)), wall_seconds=4.0 * SLOWER)
+        result = run(
+            sandbox, ORPHANS_SEND.format(packet=packet, size=len(packet)), wall_seconds=min(4.0 * SLOWER, 30.0)
+        )
     assert (result.status, result.exit_code) == ("ok", 0)
     assert time.monotonic() - begun < 3 * SLOWER
 
@@ -163,7 +165,7 @@ def test_a_program_at_its_memory_limit_does_not_wake_the_engine(alone: Sandbox) 
     engine = psutil.Process(alone.stats()["pid"])
     before, begun = sum(engine.cpu_times()[:2]), time.monotonic()
     with prompt(alone):
-        result = run(alone, code, memory_bytes=72 * MIB, wall_seconds=20.0 * SLOWER)
+        result = run(alone, code, memory_bytes=72 * MIB)
     used, passed = sum(engine.cpu_times()[:2]) - before, time.monotonic() - begun
     assert result.status in ("ok", "memory")
     assert used < 0.3 * passed  # on cgroup v2 there is a notice each 10 ms; what it costs is a look

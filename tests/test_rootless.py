@@ -37,17 +37,11 @@ def pytest_as_user(mode: str, capabilities: tuple[str, ...], *arguments: str) ->
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_engine_of_an_ordinary_user(way: str) -> None:
-    # How ids come to be mapped is all in which the ways with ids differ: the broker's tests are done once for both.
-    tests = "tests/rootless/test_engine.py" if way == "capabilities" else "tests/rootless"
-    done = pytest_as_user(*WAYS[way], tests)
-    assert done.returncode == 0, done.stdout[-6000:]
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_attacks_are_refused(way: str) -> None:
+def test_engine_of_an_ordinary_user_works_and_refuses_attacks(way: str) -> None:
     """With all walls up; the proof of each wall alone is the same code, and root's."""
-    done = pytest_as_user(*WAYS[way], *REFUSED, *(SAMPLE if way == "capabilities" else ()))
+    # How ids come to be mapped is all in which the ways with ids differ: what else is tested is tested for one of them.
+    tests = ("tests/rootless/test_engine.py", *SAMPLE) if way == "capabilities" else ("tests/rootless",)
+    done = pytest_as_user(*WAYS[way], *tests, *REFUSED)
     assert done.returncode == 0, done.stdout[-6000:]
 
 

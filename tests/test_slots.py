@@ -20,6 +20,7 @@ from sandboxd.engine.slots import BACKLOG, Slots
 from sandboxd.errors import Unavailable
 from tests import leftovers
 from tests.modes import HAS_CGROUP, policy_of
+from tests.patience import SLOWER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from sandboxd.cgroup import Leaf
     from sandboxd.engine.slots import Slot
 
-RUNS: Final = 500
+RUNS: Final = 500 if SLOWER == 1 else 60
 NAMES: Final = 600
 """Names that are not there, asked for by each run: 300,000 in all, some 55 MiB of dentries."""
 MAY_STAY: Final = 0.2

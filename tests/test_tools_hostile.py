@@ -353,7 +353,7 @@ def test_large_results_of_many_threads_are_bounded(dispatcher: Dispatcher) -> No
         except tools.ToolError as error:
             return error.code
     with ThreadPoolExecutor(8) as pool:
-        print(set(pool.map(ask, range(16))))
+        print(set(pool.map(ask, range(8))))
     """
     assert said(dispatcher, code) == "{'result_too_large'}\n"
 

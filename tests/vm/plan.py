@@ -86,7 +86,7 @@ MACHINES = (  # those that take longest first, for two run at a time
                 "root",
                 (
                     *("tests/test_cgroup.py", "tests/test_doctor.py", "tests/test_seccomp_kernel.py", *REFUSED),
-                    *("tests/test_hold_up.py", "tests/test_slots.py", "tests/test_shared_budgets.py"),
+                    *("tests/test_hold_up.py", "tests/test_shared_budgets.py"),
                     *("-m", "kernel", "-k", "not scientific and not git and not compiler"),  # neither is installed
                 ),
             ),
