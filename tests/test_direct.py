@@ -227,10 +227,14 @@ def test_ctrl_c_ends_a_direct_run_and_the_sandbox_goes_on(own: Sandbox, after: f
     main = threading.main_thread().ident
     assert main is not None
     timer = threading.Timer(after, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
+
+    def interrupted() -> None:
+        timer.start()  # it may ring at once
+        own.run("while True: pass")
+
     begun = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        own.run("while True: pass")
+        interrupted()
     timer.join()
     assert time.monotonic() - begun < 10
     leftovers.eventually(lambda: live_runs(own) == [], 5, "the run is gone")
