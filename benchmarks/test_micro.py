@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd import Result, Sandbox, policy, protocol, seccomp
+from sandboxd import Result, Sandbox, policy, seccomp
+from sandboxd.protocol import packets as protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -54,7 +54,7 @@ make_table(void)
     return sbx_call(SBX_NR_madvise, cells, size, 10 /* MADV_DONTFORK */);
 }
 
-/* Parts of one step that can be left out alone (sandboxd/engine/prepared.py). */
+/* Parts of one step that can be left out alone (sandboxd/engine/cells/active_policy.py). */
 enum { WALL_NETWORK = 48, WALL_IPC = 49, WALL_UTS = 50 };
 
 static int

@@ -1,4 +1,4 @@
-/* A program handed to a parked cell by the caller's own thread (sandboxd/direct.py), and the alarm by which the engine
+/* A program handed to a parked cell by the caller's own thread (sandboxd/client/leased.py), and the alarm by which the engine
  * hears of it without being woken for nothing: most programs are over before it rings. */
 #include "spawn.h"
 
@@ -59,7 +59,7 @@ drain(int fd, char *at, size_t room, size_t *got)
     return -SBX_EMSGSIZE;
 }
 
-/* Whether no page or no inode is free: what sandboxd/engine/outcome.py calls a full file system. statfs(2) */
+/* Whether no page or no inode is free: what sandboxd/outcome/judge.py calls a full file system. statfs(2) */
 static int
 is_full(int fd)
 {

@@ -172,7 +172,7 @@ sbx_open_trees(const unsigned char *ops, size_t length, int *trees, uint32_t *fa
     return 0;
 }
 
-/* Perform the encoded operations (sandboxd/rootfs.py, encode()). On failure *failed* is the index of the operation. */
+/* Perform the encoded operations (sandboxd/rootfs/plan.py, encode()). On failure *failed* is the index of the operation. */
 int
 sbx_build_root(int root, const unsigned char *ops, size_t length, const int *trees, uint32_t *failed)
 {

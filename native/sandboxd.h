@@ -7,7 +7,7 @@
 
 #include "syscall.h"
 
-/* Where a set-up step stands. Python turns the number into words (sandboxd/stages.py); only append. */
+/* Where a set-up step stands. Python turns the number into words (sandboxd/kernel/stages.py); only append. */
 enum sbx_stage {
     SBX_STAGE_NONE = 0,
     SBX_STAGE_CLONE = 1,     /* clone3 with the namespaces */
@@ -69,7 +69,7 @@ long sbx_send_fds(int sock, const void *data, size_t length, const int *fds, uns
 long sbx_recv_fds(int sock, void *data, size_t room, int *fds, unsigned int *nfds);
 
 /* mount.c */
-struct sbx_op { /* one operation on the future root, as sandboxd/rootfs.py encodes it; data follows */
+struct sbx_op { /* one operation on the future root, as sandboxd/rootfs/plan.py encodes it; data follows */
     uint32_t kind, flags, mode, target_len, source_len, data_len;
 };
 enum sbx_op_kind { SBX_OP_DIR = 1, SBX_OP_FILE, SBX_OP_SYMLINK, SBX_OP_BIND, SBX_OP_TMPFS, SBX_OP_PROC };

@@ -1,4 +1,4 @@
-/* The compiled filter. Built elsewhere (sandboxd/seccomp.py); here it is only installed. */
+/* The compiled filter. Built elsewhere (sandboxd/seccomp/__init__.py); here it is only installed. */
 #include "sandboxd.h"
 
 /* seccomp(2). No SECCOMP_FILTER_FLAG_SPEC_ALLOW: the kernel's default for speculation stays. One thread exists here, so

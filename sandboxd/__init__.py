@@ -14,8 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sandboxd.aio import AsyncSandbox
-    from sandboxd.client import Sandbox
+    from sandboxd.client.async_sandbox import AsyncSandbox
+    from sandboxd.client.result import Result
+    from sandboxd.client.sandbox import Sandbox
     from sandboxd.errors import (
         Busy,
         ConnectionLost,
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         Unavailable,
     )
     from sandboxd.policy import Limits, Policy
-    from sandboxd.result import Result
 
 __version__ = "0.1.0"
 
@@ -46,11 +46,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AsyncSandbox": "aio",
-    "Sandbox": "client",
-    "Limits": "policy",
-    "Policy": "policy",
-    "Result": "result",
+    "AsyncSandbox": "client.async_sandbox",
+    "Sandbox": "client.sandbox",
+    "Limits": "policy.model",
+    "Policy": "policy.model",
+    "Result": "client.result",
 }
 
 

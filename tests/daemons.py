@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 
 # A child that is another user cannot read them any more where the interpreter lives below somebody's home.
-import sandboxd.exchange
-import sandboxd.result  # noqa: F401
-from sandboxd import Sandbox, protocol
-from sandboxd.client import ps
+import sandboxd.client.exchange
+import sandboxd.client.result  # noqa: F401
+from sandboxd import Sandbox
+from sandboxd.client.sandbox import ps
+from sandboxd.protocol import packets
 from tests import leftovers
 
 if TYPE_CHECKING:
@@ -185,11 +186,11 @@ class Raw:
             self.sock = daemon
         self.sock.settimeout(20)
         if greet:
-            protocol.send(self.sock, protocol.hello())
+            packets.send(self.sock, packets.hello())
             assert self.answer()["op"] == "hello"
 
     def send(self, message: dict[str, Any], payload: bytes = b"") -> None:
-        protocol.send(self.sock, message, [payload])
+        packets.send(self.sock, message, [payload])
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """One packet as it is; a side that has closed is no error here."""
@@ -201,7 +202,7 @@ class Raw:
         """The next message; {} at the end of the connection."""
         for _ in range(2):
             with contextlib.suppress(ConnectionResetError):
-                packet = protocol.receive(self.sock)
+                packet = packets.receive(self.sock)
                 if packet is None:
                     return {}
                 packet.close()

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Final
 
-from sandboxd import policy, userids
+from sandboxd import policy
+from sandboxd.ids import rootless
 
 if TYPE_CHECKING:
     from sandboxd.policy import Policy
@@ -23,7 +24,7 @@ MODES: Final = ("root", "rootless", "rootless-one-id")
 def _mine() -> str:
     if os.geteuid() == 0:
         return "root"
-    return "rootless" if userids.why_one_id() is None else "rootless-one-id"
+    return "rootless" if rootless.why_one_id() is None else "rootless-one-id"
 
 
 _asked, _, _lacks = os.environ.get("SANDBOXD_TEST_MODE", "").partition(",")

@@ -54,11 +54,11 @@ def mutated(mutation: Mutation, tree: Path) -> dict[Path, str]:
 
 
 CORE: Final = "sandboxd/engine/core.py"
-RUN: Final = "sandboxd/engine/run.py"
-PLAN: Final = "sandboxd/engine/plan.py"
+RUN: Final = "sandboxd/engine/runs/run.py"
+PLAN: Final = "sandboxd/engine/cells/shape.py"
 LEAF: Final = "sandboxd/cgroup/leaf.py"
-PREPARED: Final = "sandboxd/engine/prepared.py"
-CLOCK: Final = "sandboxd/engine/clock.py"
+PREPARED: Final = "sandboxd/engine/cells/active_policy.py"
+CLOCK: Final = "sandboxd/engine/runs/clock.py"
 ZYGOTE: Final = "sandboxd/inside/zygote.py"
 SERVING: Final = "sandboxd/daemon/serving.py"
 INSTANCE: Final = "sandboxd/cgroup/instance.py"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd import Sandbox
-from sandboxd.engine.prepared import WALLS
+from sandboxd.engine.cells.active_policy import WALLS
 from tests import promptness
 from tests.attacks import ATTACKS, SAMPLE, Attack
 from tests.attacks.bait import bait

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd import AsyncSandbox, Limits, Policy, Sandbox
-from sandboxd.audit import log, reader, remote
+from sandboxd.audit import log, reader
+from sandboxd.client import remote_log
+from sandboxd.engine.audit.recorder import Recording
 from sandboxd.engine.config import AuditSettings
-from sandboxd.engine.recording import Recording
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.policy import Audit
 from tests import daemons, leftovers
@@ -442,7 +443,7 @@ def test_a_run_whose_caller_leaves_while_it_is_written_has_both_records_or_none(
 
 
 def seen(address: str, run: str | None = None) -> list[dict[str, Any]]:
-    with remote.pages(address, run) as fetch:
+    with remote_log.pages(address, run) as fetch:
         return [json.loads(line) for line in reader.follow(fetch, None)]
 
 

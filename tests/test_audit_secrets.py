@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd.audit import AuditLog, record, redact
-from sandboxd.tools import Dispatcher, outcome, tool
+from sandboxd.tools import Dispatcher, tool
+from sandboxd.tools import result as outcome
 from tests.test_audit import records
 
 if TYPE_CHECKING:

@@ -20,15 +20,15 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-import sandboxd
+import sandboxd.client
 from sandboxd.cli import cli, failure_status, output
+from sandboxd.cli.exit_status import exit_status, reason
 from sandboxd.cli.files import BadInput, plan_inputs, split_input
 from sandboxd.cli.run import failure
-from sandboxd.cli.verdict import exit_status, reason
-from sandboxd.client import Cancel
+from sandboxd.client.result import OutputFile, _Contents
+from sandboxd.client.sandbox import Cancel
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
-from sandboxd.result import OutputFile, _Contents
-from sandboxd.wire import check_inputs_fit
+from sandboxd.protocol.run_header import check_inputs_fit
 from tests.leftovers import eventually, processes
 
 if TYPE_CHECKING:
@@ -286,13 +286,13 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
         def __new__(cls, **given: Any) -> Any:
             return stand.sandbox(**given)
 
-    module = types.ModuleType("sandboxd.client")
+    module = types.ModuleType("sandboxd.client.sandbox")
     module.Cancel = Cancel  # type: ignore[attr-defined]
     module.Sandbox = Sandbox  # type: ignore[attr-defined]
     module.ps = lambda address: [{"id": "r\x1b1", "policy": "default", "uid": 0, "pid": 1 << 29, "age_seconds": 1.25}]  # type: ignore[attr-defined]
     module.stats = lambda address: STATS  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sandboxd.client", module)
-    monkeypatch.setattr(sandboxd, "client", module, raising=False)
+    monkeypatch.setitem(sys.modules, "sandboxd.client.sandbox", module)
+    monkeypatch.setattr(sandboxd.client, "sandbox", module, raising=False)
     return stand
 
 
@@ -472,7 +472,7 @@ def test_a_reader_that_went_away_cancels_the_run_quietly(stand: Stand) -> None:
 READER_GONE = """
 import os, sys, types
 from contextlib import nullcontext
-sys.modules["sandboxd.client"] = client = types.ModuleType("sandboxd.client")
+sys.modules["sandboxd.client.sandbox"] = client = types.ModuleType("sandboxd.client.sandbox")
 r, w = os.pipe()
 os.close(r)
 os.dup2(w, 1)
@@ -581,7 +581,7 @@ def test_denied_names_the_policy_to_show(stand: Stand) -> None:
 def test_a_socket_that_may_not_be_opened_says_so() -> None:
     # Nobody but root may look below /proc/1/root.
     code = (
-        "import os; from sandboxd.client import open_daemon\n"
+        "import os; from sandboxd.client.sandbox import open_daemon\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: open_daemon('/proc/1/root/x.sock')\n"
         "except Exception as error: print(error)"
@@ -634,7 +634,7 @@ def test_stats_prints_a_table_and_the_held_time(stand: Stand) -> None:
 def test_stats_of_who_is_not_the_operator_has_no_held_time(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ("uptime_seconds", "runs", "queued", "running")
     own = {key: STATS[key] for key in keys} | {"policies": {}}
-    monkeypatch.setattr(sys.modules["sandboxd.client"], "stats", lambda address: own)
+    monkeypatch.setattr(sys.modules["sandboxd.client.sandbox"], "stats", lambda address: own)
     done = CliRunner().invoke(cli, ["stats"])
     assert done.exit_code == 0, done.output
     assert "PARKED" not in done.output

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
-from sandboxd import Limits, Result, Sandbox, daemon, protocol
-from sandboxd.client import parse_address
+from sandboxd import Limits, Result, Sandbox, daemon
+from sandboxd.client.sandbox import parse_address
 from sandboxd.daemon.config import group_id
 from sandboxd.engine import core
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, Unavailable
+from sandboxd.protocol import packets
 from tests import daemons, leftovers
 from tests.daemons import SLEEP, Child, Served, as_user
 from tests.test_crash import named
@@ -575,11 +576,11 @@ def test_an_address_has_one_form(address: str) -> None:
 def test_another_version_is_told_so_by_the_daemon(served: Served) -> None:
     with daemons.Raw(served, greet=False) as raw:
         text = b'{"op":"hello"}'
-        raw.send_bytes(protocol._HEAD.pack(protocol.MAGIC, 9, 0, 0, len(text), 0) + text)
+        raw.send_bytes(packets._HEAD.pack(packets.MAGIC, 9, 0, 0, len(text), 0) + text)
         raw.send_bytes(b"more, which nobody reads")
         kind, message = raw.refusal()
         assert kind == "ProtocolError"
-        assert f"version 9 of the protocol; this side speaks {protocol.VERSION}" in message
+        assert f"version 9 of the protocol; this side speaks {packets.VERSION}" in message
         assert raw.answer() == {}
 
 
@@ -590,7 +591,7 @@ def test_another_version_is_told_so_by_the_client(tmp_path: Path) -> None:
 
         def answer() -> None:
             with listener.accept()[0] as sock:
-                sock.send(protocol._HEAD.pack(protocol.MAGIC, 9, 0, 0, 2, 0) + b"{}")
+                sock.send(packets._HEAD.pack(packets.MAGIC, 9, 0, 0, 2, 0) + b"{}")
                 sock.recv(100)
 
         with ThreadPoolExecutor(1) as pool:

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd import cache, policy
-from sandboxd.cache import HEAD_BYTES, MAGIC
-from sandboxd.daemon import policies
+from sandboxd import policy
+from sandboxd._util import diskcache
+from sandboxd._util.diskcache import HEAD_BYTES, MAGIC
+from sandboxd.daemon import policy_cache
 from sandboxd.daemon.network import NetworkCheck
-from sandboxd.daemon.policies import plain_policy
+from sandboxd.daemon.policy_cache import plain_policy
 from sandboxd.errors import PolicyError, Unavailable
 from tests.modes import ROOT
 
@@ -23,7 +24,7 @@ MINE = 'name = "mine"\n[limits]\nwall_seconds = {seconds}\n'
 QUIETLY = """
 import sys
 from pathlib import Path
-from sandboxd.daemon.policies import plain_policy
+from sandboxd.daemon.policy_cache import plain_policy
 plain = plain_policy(Path(sys.argv[1]), "mine", Path(sys.argv[2]))
 print(plain["limits"]["wall_seconds"], "pydantic" in sys.modules)
 """
@@ -62,7 +63,7 @@ def test_other_text_or_another_version_is_read_anew(file: Path, kept: Path, monk
     for path in kept.iterdir():
         forge(path, b'"wall_seconds": 8.0', b'"wall_seconds": 9.0')
     assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 9  # it was believed: it is the user's own
-    monkeypatch.setattr(policies, "_identity", lambda: iter(["another"]))
+    monkeypatch.setattr(policy_cache, "_identity", lambda: iter(["another"]))
     assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 8
 
 
@@ -92,13 +93,13 @@ def test_file_that_changes_while_it_is_read_is_kept_as_what_was_read(
     file: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept for a text must be its own meaning: it is believed as long as the text is the same."""
-    meant = policies._meant
+    meant = policy_cache._meant
 
     def meanwhile(text: str, path: Path) -> policy.Policy:
         file.write_text(MINE.format(seconds=9))
         return meant(text, path)
 
-    monkeypatch.setattr(policies, "_meant", meanwhile)
+    monkeypatch.setattr(policy_cache, "_meant", meanwhile)
     assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 7
     monkeypatch.undo()
     assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == 9
@@ -113,7 +114,7 @@ def test_policy_is_read_also_where_nothing_can_be_remembered(
     place.mkdir()
     (place / "mine.toml").write_text(MINE.format(seconds=7))
     assert plain_policy(place / "mine.toml", "mine", kept)["limits"]["wall_seconds"] == 7
-    monkeypatch.setattr(policies, "_DECIDING", (("sandboxd", "no_such.py"),))
+    monkeypatch.setattr(policy_cache, "_DECIDING", (("sandboxd", "no_such.py"),))
     assert plain_policy(place / "mine.toml", "mine", kept)["limits"]["wall_seconds"] == 7
     assert len(list(kept.iterdir())) == 1
 
@@ -122,7 +123,7 @@ def test_a_deciding_module_counts_by_its_content(
     tmp_path: Path, file: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = tmp_path / "decides.py"
-    monkeypatch.setattr(policies, "_DECIDING", (("sandboxd", module.name),))
+    monkeypatch.setattr(policy_cache, "_DECIDING", (("sandboxd", module.name),))
     monkeypatch.setattr(Path, "with_name", lambda _, name: tmp_path / name)
     for text in ("old", "new"):
         module.write_text(text)
@@ -135,12 +136,12 @@ def test_cache_does_not_grow_without_end(file: Path, kept: Path) -> None:
     kept.mkdir(0o700)
     (kept / "other").write_text("not ours")
     os.utime(kept / "other", (0, 0))
-    for seconds in range(1, cache.MOST_FILES + 2):
+    for seconds in range(1, diskcache.MOST_FILES + 2):
         file.write_text(MINE.format(seconds=seconds))
         plain_policy(file, "mine", kept)
-    assert len(list(kept.glob("*.json"))) == cache.MOST_FILES // 2
-    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == cache.MOST_FILES + 1
-    assert len(list(kept.glob("*.json"))) == cache.MOST_FILES // 2  # the newest is among them
+    assert len(list(kept.glob("*.json"))) == diskcache.MOST_FILES // 2
+    assert plain_policy(file, "mine", kept)["limits"]["wall_seconds"] == diskcache.MOST_FILES + 1
+    assert len(list(kept.glob("*.json"))) == diskcache.MOST_FILES // 2  # the newest is among them
     assert (kept / "other").exists()
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import Limits, client
+from sandboxd import Limits
+from sandboxd.client import sandbox as client
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, SandboxError, Unavailable
 from tests import daemons, leftovers
 from tests.daemons import SLEEP, Raw, as_user

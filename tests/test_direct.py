@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from sandboxd import Limits, Result, Sandbox, policy
-from sandboxd.direct import SOURCE_BYTES, Direct
+from sandboxd.client.leased import SOURCE_BYTES, Direct
 from tests import leftovers
 from tests.test_crash import all_gone, named
 from tests.test_parked import (
@@ -508,7 +508,7 @@ def test_a_fork_in_the_middle_of_a_direct_run_takes_nothing_of_it_along(
 CALLER: Final = """
 import os, sys, threading, time
 from sandboxd import Sandbox
-from sandboxd.direct import Direct
+from sandboxd.client.leased import Direct
 sandbox = Sandbox()
 while sandbox.run("1").timings.queued_seconds:
     time.sleep(0.01)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import disposal, protocol
+from sandboxd._util import disposal
+from sandboxd.protocol import packets
 from tests.leftovers import eventually
 
 if TYPE_CHECKING:
@@ -111,11 +112,11 @@ def test_closing_a_socket_closes_unread_descriptors_elsewhere(
 
 
 def test_closing_a_socket_with_nothing_unread_needs_no_thread(pair: Pair) -> None:
-    protocol.send(pair[1], {"a": 1})
+    packets.send(pair[1], {"a": 1})
     disposal.close_socket(pair[1], "one")
     assert closers() == 0
-    packet = protocol.receive(pair[0])
+    packet = packets.receive(pair[0])
     assert packet is not None
     assert packet.message == {"a": 1}
-    assert protocol.receive(pair[0]) is None
+    assert packets.receive(pair[0]) is None
     disposal.close_socket(pair[1], "one")

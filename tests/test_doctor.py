@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from sandboxd import doctor, host, probe
 from sandboxd.cli import cli
-from sandboxd.netns_check import check_empty, messages
+from sandboxd.diagnostics import doctor, host_facts, probe
+from sandboxd.kernel.netns import check_empty, messages
 
 PATIENCE_SECONDS = 120
 
@@ -125,7 +125,7 @@ def test_survey_leaves_no_cgroup_behind() -> None:
 
 def test_an_untouched_namespace_is_empty() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "sandboxd.netns_check"],
+        [sys.executable, "-m", "sandboxd.kernel.netns"],
         capture_output=True,
         text=True,
         timeout=PATIENCE_SECONDS,
@@ -138,7 +138,7 @@ def test_a_namespace_with_a_loopback_that_is_up_is_not_empty() -> None:
     code = (
         "import json, sys\n"
         "from pyroute2 import IPRoute\n"
-        "from sandboxd import netns_check as n\n"
+        "from sandboxd.kernel import netns as n\n"
         "n._call('unshare', n.CLONE_NEWUSER | n.CLONE_NEWNET)\n"
         "with IPRoute() as kernel: kernel.link('set', index=1, state='up')\n"
         "sys.stdout.write(json.dumps(n.check_empty()))"
@@ -156,7 +156,7 @@ def test_a_namespace_with_a_loopback_that_is_up_is_not_empty() -> None:
 def test_another_process_namespace_is_checked_from_outside(how: str) -> None:
     code = (
         "import sys\n"
-        "from sandboxd import netns_check as n\n"
+        "from sandboxd.kernel import netns as n\n"
         "n._call('unshare', n.CLONE_NEWNET)\n"
         "sys.stdout.write('x'); sys.stdout.flush(); sys.stdin.read()"
     )
@@ -178,7 +178,7 @@ def test_everything_that_another_library_sees_in_a_namespace_is_found() -> None:
     code = (
         "import json, sys\n"
         "from pyroute2 import IPRoute\n"
-        "from sandboxd import netns_check as n\n"
+        "from sandboxd.kernel import netns as n\n"
         "n._call('unshare', n.CLONE_NEWUSER | n.CLONE_NEWNET)\n"
         "with IPRoute() as kernel:\n"
         "    kernel.link('set', index=1, state='up')\n"
@@ -258,10 +258,10 @@ def test_a_namespace_that_is_gone_is_an_error() -> None:
     ],
 )
 def test_switch_is_judged(tmp_path: Path, path: str, name: str, good: str, bad: str) -> None:
-    def fact(value: str) -> host.Fact:
+    def fact(value: str) -> host_facts.Fact:
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"{value}\n")
-        return next(fact for fact in host.facts(tmp_path) if fact.name == name)
+        return next(fact for fact in host_facts.facts(tmp_path) if fact.name == name)
 
     assert (fact(good).state, fact(good).value, fact(good).fix) == ("ok", good, "")
     assert fact(bad).state == "attention"
@@ -274,7 +274,7 @@ def test_processor_flaws_are_judged(tmp_path: Path) -> None:
     (directory / "l1tf").write_text("Not affected\n")
 
     def state() -> str:
-        return next(fact.state for fact in host.facts(tmp_path) if fact.name == "mitigations")
+        return next(fact.state for fact in host_facts.facts(tmp_path) if fact.name == "mitigations")
 
     assert state() == "ok"
     (directory / "retbleed").write_text("Vulnerable\n")
@@ -299,21 +299,21 @@ def test_audit_is_judged(
             raise answer
         return answer
 
-    monkeypatch.setattr(host, "audit_enabled", audit_enabled)
-    (fact,) = (one for one in host.facts(tmp_path) if one.name == "audit")
+    monkeypatch.setattr(host_facts, "audit_enabled", audit_enabled)
+    (fact,) = (one for one in host_facts.facts(tmp_path) if one.name == "audit")
     assert (fact.value, fact.state, bool(fact.fix)) == (value, state, state == "attention")
 
 
 def test_audit_is_asked_of_the_kernel() -> None:
     try:
-        answer = "on" if host.audit_enabled() else "off"
+        answer = "on" if host_facts.audit_enabled() else "off"
     except OSError as error:
         answer = errno.errorcode[error.errno or 0]
     assert answer in ("on", "off", "EPERM", "ECONNREFUSED", "EPROTONOSUPPORT")
 
 
 def test_facts_of_an_empty_host_are_unknown_not_errors(tmp_path: Path) -> None:
-    assert {fact.state for fact in host.facts(tmp_path)} <= {"ok", "attention", "unknown"}
+    assert {fact.state for fact in host_facts.facts(tmp_path)} <= {"ok", "attention", "unknown"}
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_facts_of_an_empty_host_are_unknown_not_errors(tmp_path: Path) -> None:
     [("6.1.0-18-amd64", (6, 1)), ("6.18-rc1", (6, 18)), ("7.0", (7, 0)), ("odd", (0, 0)), ("", (0, 0))],
 )
 def test_kernel_version(release: str, version: tuple[int, int]) -> None:
-    assert host.kernel_version(release) == version
+    assert host_facts.kernel_version(release) == version
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_kernel_version(release: str, version: tuple[int, int]) -> None:
     ],
 )
 def test_platform_problems(machine: str, release: str, python: tuple[int, int], count: int) -> None:
-    assert len(host.platform_problems(machine, release, python)) == count
+    assert len(host_facts.platform_problems(machine, release, python)) == count
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_platform_problems(machine: str, release: str, python: tuple[int, int], 
     [(["cgroup2"], "v2"), (["cgroup"], "v1"), (["cgroup", "cgroup2"], "hybrid"), (["proc"], "none"), ([], "none")],
 )
 def test_cgroup_mode(kinds: list[str], mode: str) -> None:
-    assert host.cgroup_mode("\n".join(f"31 23 0:28 / /x rw - {kind} none rw" for kind in kinds)) == mode
+    assert host_facts.cgroup_mode("\n".join(f"31 23 0:28 / /x rw - {kind} none rw" for kind in kinds)) == mode
 
 
 # From answers to walls
@@ -450,7 +450,9 @@ def test_a_proof_that_failed_is_not_ok() -> None:
 @pytest.mark.parametrize("ok", [True, False])
 def test_exit_status_follows_the_verdict(monkeypatch: pytest.MonkeyPatch, ok: bool) -> None:
     answers = ANSWERS if ok else {**ANSWERS, "landlock": refused(errno.EOPNOTSUPP)}
-    report = doctor.Report("root", doctor.walls("root", answers, ANSWERS), [host.Fact("x", "1\x1b", "ok", "m\x1b")])
+    report = doctor.Report(
+        "root", doctor.walls("root", answers, ANSWERS), [host_facts.Fact("x", "1\x1b", "ok", "m\x1b")]
+    )
     monkeypatch.setattr(doctor, "survey", lambda: report)
     monkeypatch.setattr(doctor, "prove", lambda: doctor.Proof(ok=True, isolation={"uid": 1, "missing": []}))
     done = CliRunner().invoke(cli, ["doctor"])

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from sandboxd.engine.cells.active_policy import LIKELY, essence
 from sandboxd.engine.config import EngineConfig, host_memory_bytes
-from sandboxd.engine.prepared import LIKELY, essence
 from sandboxd.errors import PolicyError
 from sandboxd.policy import load
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd.tools.pictures import _checked
+from sandboxd.tools.code.pictures import _checked
 from tests.conftest import EXAMPLES
 from tests.test_examples import needs_data, needs_engine
 

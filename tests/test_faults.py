@@ -18,7 +18,7 @@ import pytest
 
 from sandboxd import Sandbox
 from sandboxd.errors import ConnectionLost, Unavailable
-from sandboxd.syscalls import NUMBERS
+from sandboxd.seccomp.syscalls import NUMBERS
 from tests import leftovers
 from tests.interpose import Fault, Interposed, Role, Seen
 

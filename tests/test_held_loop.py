@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd import AsyncSandbox
-from sandboxd.result import Result
+from sandboxd.client.result import Result
 from sandboxd.tools import Dispatcher, tool
 from tests.held import holding
 from tests.pictures import damaged_png, endless_jpeg

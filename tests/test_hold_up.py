@@ -116,7 +116,7 @@ SENDS_DESCRIPTORS: Final = """
 
 @pytest.mark.kernel
 def test_descriptors_over_the_channel_cost_the_engine_nothing(sandbox: Sandbox) -> None:
-    from sandboxd import channel
+    from sandboxd.protocol import channel
 
     with prompt(sandbox):
         result = run(sandbox, SENDS_DESCRIPTORS)

@@ -25,12 +25,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sandboxd import disposal, protocol
-from sandboxd.engine import connection
-from sandboxd.engine.connection import Connection
-from sandboxd.engine.heldtime import HeldTime
-from sandboxd.engine.share import Share
+from sandboxd._util import disposal
+from sandboxd.engine.clients import connection
+from sandboxd.engine.clients.connection import Connection
+from sandboxd.engine.fair_share import Share
+from sandboxd.engine.held_time import HeldTime
 from sandboxd.errors import Busy, ConnectionLost, ProtocolError
+from sandboxd.protocol import packets as protocol
 from tests import daemons, leftovers
 from tests.daemons import Raw, Served, as_user, header, request
 from tests.promptness import prompt
@@ -830,7 +831,7 @@ def test_the_clients_side_is_as_strict() -> None:
     """A false daemon: what it sends is no Result, and nothing of it is believed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, ThreadPoolExecutor(1) as pool:
-        from sandboxd.client import Sandbox
+        from sandboxd.client.sandbox import Sandbox
 
         def lie() -> None:
             with Raw(theirs, greet=False) as raw:

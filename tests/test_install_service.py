@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from sandboxd.cli import cli
 from sandboxd.daemon import load_config
 from sandboxd.errors import Unavailable
-from sandboxd.ids import IdRange
-from sandboxd.service import place, plans, subids, texts
-from sandboxd.service.steps import Host
+from sandboxd.ids.ranges import IdRange
+from sandboxd.install import place, plans, subids, texts
+from sandboxd.install.steps import Host
 
 COMMAND = "/usr/bin/sandboxd"
 UNITS = "etc/systemd/system"

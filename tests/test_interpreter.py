@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd.errors import Unavailable
-from sandboxd.interpreter import PROBE_OUTPUT_BYTES, Interpreter
+from sandboxd.rootfs.interpreter import PROBE_OUTPUT_BYTES, Interpreter
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import pytest
 
-from sandboxd import Sandbox, host
-from sandboxd.native import landlock_abi
-from sandboxd.syscalls import NUMBERS
+from sandboxd import Sandbox
+from sandboxd.diagnostics import host_facts
+from sandboxd.kernel.calls import landlock_abi
+from sandboxd.seccomp.syscalls import NUMBERS
 from tests import leftovers
 from tests.attacks.base import attempt
 from tests.interpose import Interposed
@@ -69,7 +70,7 @@ class Listener:
     """Hears all records, as a reader of the kernel's own multicast group: audit(7) needs no daemon for that."""
 
     def __init__(self) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, host.NETLINK_AUDIT)
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, host_facts.NETLINK_AUDIT)
         self._socket.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
         self._socket.bind((0, 1 << READLOG - 1))
         self._socket.settimeout(10 * SLOWER)
@@ -95,7 +96,7 @@ class Listener:
 def listener() -> Iterator[Listener]:
     enabled = False
     with contextlib.suppress(OSError):
-        enabled = host.audit_enabled()
+        enabled = host_facts.audit_enabled()
     if not enabled:
         pytest.skip("needs a host whose audit is on")
     with Listener() as made:
@@ -177,7 +178,7 @@ def test_kills_by_the_filter_and_crashes_are_records_of_the_audit(
     assert sandbox.run("import os; os.abort()").status == "killed"
     denied_outside(last, 0)
     assert {SECCOMP, ANOM_ABEND} <= {one.kind for one in listener.until_denied(last)}
-    (fact,) = (one for one in host.facts() if one.name == "audit")
+    (fact,) = (one for one in host_facts.facts() if one.name == "audit")
     assert (fact.value, fact.state) == ("on", "attention")
 
 

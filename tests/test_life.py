@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.engine.life import TRANSITIONS, Event, Life, State
+from sandboxd.engine.cells.state import TRANSITIONS, Event, Life, State
 
 ORDINARY = [
     (Event.MADE, State.SEALING),

@@ -17,7 +17,7 @@ from tests.patience import SLOWER
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from sandboxd.result import LimitHit
+    from sandboxd.client.result import LimitHit
 
 pytestmark = pytest.mark.usefixtures("prompt")
 

@@ -24,27 +24,33 @@ from uuid import UUID
 import pytest
 from pydantic import AnyUrl, BaseModel, Field
 
-from sandboxd import limits, protocol, toolframes, wire
+from sandboxd import limits
 from sandboxd.audit import reader, record
 from sandboxd.audit.log import AuditLog
 from sandboxd.audit.redact import Redactor
 from sandboxd.cli import logs
-from sandboxd.engine import connection
-from sandboxd.engine.callrecord import CallRecords
-from sandboxd.engine.outcome import parse_finished
-from sandboxd.engine.output import Collector
-from sandboxd.engine.tools import ToolLink
-from sandboxd.engine.workspace import collect
-from sandboxd.exchange import Exchange
-from sandboxd.protocol import Packet
-from sandboxd.result import ProgramError, Result, RichResult
-from sandboxd.tools import forms, outcome, pictures, stubs, tool, values, vendors, view
-from sandboxd.tools.advice import Surroundings, advice
-from sandboxd.tools.annotations import Names
-from sandboxd.tools.checking import nearest
-from sandboxd.tools.kept import Kept
-from sandboxd.tools.link import Toolbox
-from sandboxd.tools.recording import ToolCalled
+from sandboxd.client.exchange import Exchange
+from sandboxd.client.result import ProgramError, Result, RichResult
+from sandboxd.engine.audit.tool_calls import CallRecords
+from sandboxd.engine.cells.workspace import collect
+from sandboxd.engine.clients import connection
+from sandboxd.engine.runs.tool_relay import ToolLink
+from sandboxd.outcome.collector import Collector
+from sandboxd.outcome.judge import parse_finished
+from sandboxd.protocol import packets as protocol
+from sandboxd.protocol import run_header, toolframes
+from sandboxd.protocol.packets import Packet
+from sandboxd.tools import result as outcome
+from sandboxd.tools import tool
+from sandboxd.tools.code import pictures, view
+from sandboxd.tools.code.advice import Surroundings, advice
+from sandboxd.tools.code.kept import Kept
+from sandboxd.tools.code.link import Toolbox
+from sandboxd.tools.pipeline.recording import ToolCalled
+from sandboxd.tools.schema import stubs, values
+from sandboxd.tools.schema.annotations import Names
+from sandboxd.tools.schema.checking import nearest
+from sandboxd.tools.vendors import forms, vendors
 from tests.linear import growth
 from tests.pictures import damaged_png, endless_jpeg, jpeg, png
 from tests.test_result import answer
@@ -492,7 +498,7 @@ ROWS: list[tuple[str, Callable[[int], Any], Callable[[Any], object], int]] = [
         (
             f"names of a request: {name}",
             lambda n, make=make: request(make(n)),
-            lambda h: wire.parse_header(h, b""),
+            lambda h: run_header.parse_header(h, b""),
             2000,
         )
         for name, make in NAMES.items()
@@ -500,41 +506,41 @@ ROWS: list[tuple[str, Callable[[int], Any], Callable[[Any], object], int]] = [
     (
         "request: keys",
         lambda n: request([], **{f"k{k}": 1 for k in range(n)}),
-        lambda h: wire.parse_header(h, b""),
+        lambda h: run_header.parse_header(h, b""),
         20_000,
     ),
-    ("request: words", lambda n: request([], args=["é"] * n), lambda h: wire.parse_header(h, b""), 5000),
+    ("request: words", lambda n: request([], args=["é"] * n), lambda h: run_header.parse_header(h, b""), 5000),
     (
         "request: environment",
         lambda n: request([], env={f"A{k}": "" for k in range(n)}),
-        lambda h: wire.parse_header(h, b""),
+        lambda h: run_header.parse_header(h, b""),
         5000,
     ),
     (
         "request: limits",
         lambda n: request([], limits={f"l{k}": 1 for k in range(n)}),
-        lambda h: wire.parse_header(h, b""),
+        lambda h: run_header.parse_header(h, b""),
         20_000,
     ),
     (
         "request: a limit",
         lambda n: request([], limits={"memory_bytes": "9" * n}),
-        lambda h: wire.parse_header(h, b""),
+        lambda h: run_header.parse_header(h, b""),
         20_000,
     ),
     (
         "request: sizes",
         lambda n: request([], code_bytes=1 << n, files=[[f"{k}", 1 << n % 60] for k in range(n)]),
-        lambda h: wire.parse_header(h, b""),
+        lambda h: run_header.parse_header(h, b""),
         2000,
     ),
-    ("request: source", lambda n: "é" * n + "\0", wire.check_code, 200_000),
-    ("request: half a surrogate", lambda n: "é" * n + "\ud800", wire.check_code, 200_000),
+    ("request: source", lambda n: "é" * n + "\0", run_header.check_code, 200_000),
+    ("request: half a surrogate", lambda n: "é" * n + "\ud800", run_header.check_code, 200_000),
     *(
         (
             f"room for files: {name}",
             lambda n, make=make: [(path, 1) for path in make(n)],
-            lambda files: wire.check_inputs_fit(files, {"workspace_bytes": None, "workspace_files": None}),
+            lambda files: run_header.check_inputs_fit(files, {"workspace_bytes": None, "workspace_files": None}),
             2000,
         )
         for name, make in NAMES.items()

@@ -27,10 +27,11 @@ def test_zygote_lost_before_it_answers_ends_the_start() -> None:
     look = """
 async def look(engine):
     import signal
-    from sandboxd import native, seccomp
+    from sandboxd import seccomp
+    from sandboxd.kernel import calls
     from sandboxd.errors import Unavailable
-    from sandboxd.zygote import ZygoteConfig
-    kill, native.pidfd_kill = native.pidfd_kill, lambda *_: None
+    from sandboxd.engine.cells.zygote import ZygoteConfig
+    kill, calls.pidfd_kill = calls.pidfd_kill, lambda *_: None
     zygote = engine.bodies.take(Interpreter.current())
     executed = zygote._executed
     async def lost():
@@ -44,7 +45,7 @@ async def look(engine):
     except Unavailable as error:
         return error.stage
     finally:
-        native.pidfd_kill = kill
+        calls.pidfd_kill = kill
         kill(zygote._pidfd, signal.SIGKILL)
         await zygote.close()
 """
@@ -56,7 +57,7 @@ def test_cell_of_a_lost_zygote_is_refused(limits: str) -> None:
     look = f"""
 async def look(engine):
     import os, signal
-    from sandboxd.zygote import ZygoteLost
+    from sandboxd.engine.cells.zygote import ZygoteLost
     made = await engine.prepared("", Policy(name="one").plain())
     os.kill(made.zygote.pid, signal.SIGKILL)
     await until(lambda: made.zygote.lost)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd.engine.prepared import WALLS
+from sandboxd.engine.cells.active_policy import WALLS
 from sandboxd.limits import LIMITS
 from tests.mutations import MUTATIONS, Mutation, mutated
 

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import native, rootfs
 from sandboxd._native import ffi, lib
-from sandboxd.stages import Stage, unavailable
-from sandboxd.zygote import INSIDE
+from sandboxd.engine.cells.zygote import INSIDE
+from sandboxd.kernel import calls
+from sandboxd.kernel.stages import Stage, unavailable
+from sandboxd.rootfs import plan as rootfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +39,7 @@ def test_open_beneath_stays_beneath(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s")
     directory = os.open(tmp_path / "in", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fd = native.open_beneath(directory, "file", os.O_RDONLY)
+        fd = calls.open_beneath(directory, "file", os.O_RDONLY)
         assert os.read(fd, 9) == b"x"
         assert not os.get_inheritable(fd)
         os.close(fd)
@@ -49,7 +50,7 @@ def test_open_beneath_stays_beneath(tmp_path: Path) -> None:
             ("missing", errno.ENOENT),
         ):
             with pytest.raises(OSError, match="openat2") as refused:
-                native.open_beneath(directory, path, os.O_RDONLY)
+                calls.open_beneath(directory, path, os.O_RDONLY)
             assert refused.value.errno == number, path
     finally:
         os.close(directory)
@@ -57,14 +58,14 @@ def test_open_beneath_stays_beneath(tmp_path: Path) -> None:
 
 def test_pidfd_signals_a_process_and_says_when_it_is_gone() -> None:
     with subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"]) as child:
-        pidfd = native.pidfd_open(child.pid)
-        assert native.pidfd_kill(pidfd, signal.SIGKILL)
+        pidfd = calls.pidfd_open(child.pid)
+        assert calls.pidfd_kill(pidfd, signal.SIGKILL)
         assert select.select([pidfd], [], [], 10)[0]
         assert child.wait() == -signal.SIGKILL
-        assert not native.pidfd_kill(pidfd, signal.SIGKILL)
+        assert not calls.pidfd_kill(pidfd, signal.SIGKILL)
         os.close(pidfd)
     with pytest.raises(OSError, match="pidfd_open"):
-        native.pidfd_open(-1)
+        calls.pidfd_open(-1)
 
 
 def test_launched_program_has_its_descriptors_and_no_sigchld() -> None:
@@ -77,7 +78,7 @@ def test_launched_program_has_its_descriptors_and_no_sigchld() -> None:
             "import os, signal; os.write(1, repr((sorted(map(int, os.listdir('/proc/self/fd')))[:3], os.getcwd(),"
             " os.getsid(0) == os.getpid(), dict(os.environ), signal.getsignal(signal.SIGCHLD).value)).encode())"
         )
-        pid, pidfd = native.launch([sys.executable, "-I", "-S", "-c", code], {"ONLY": "this"}, [null, write, null])
+        pid, pidfd = calls.launch([sys.executable, "-I", "-S", "-c", code], {"ONLY": "this"}, [null, write, null])
         os.close(write)
         os.close(null)
         assert pid > 0
@@ -96,7 +97,7 @@ def test_launched_program_has_its_descriptors_and_no_sigchld() -> None:
 
 def test_program_that_cannot_be_executed_ends() -> None:
     null = os.open(os.devnull, os.O_RDWR)
-    _, pidfd = native.launch(["/nonexistent"], {}, [null, null, null])
+    _, pidfd = calls.launch(["/nonexistent"], {}, [null, null, null])
     os.close(null)
     assert select.select([pidfd], [], [], 10)[0]
     os.close(pidfd)
@@ -109,7 +110,7 @@ def test_files_made_for_another_owner_belong_to_it(tmp_path: Path) -> None:
         if not os.stat(parent).st_mode & 0o001:
             os.chmod(parent, os.stat(parent).st_mode | 0o111)  # noqa: S103
         parent = parent.parent
-    with native.as_file_owner(12345, 12346):
+    with calls.as_file_owner(12345, 12346):
         os.close(os.open(tmp_path / "theirs", os.O_CREAT | os.O_WRONLY))
     os.close(os.open(tmp_path / "ours", os.O_CREAT | os.O_WRONLY))
     theirs, ours = os.stat(tmp_path / "theirs"), os.stat(tmp_path / "ours")
@@ -134,7 +135,7 @@ def test_root_plan_that_is_none_is_refused_before_anything_is_made(encoded: byte
     report_read, report_write = os.pipe()
     go_read, go_write = os.pipe()
     null = os.open(os.devnull, os.O_RDWR)
-    argv, keep = native.c_strings(["nursery"])
+    argv, keep = calls.c_strings(["nursery"])
     buffer = ffi.new("unsigned char[]", encoded + b"\0")
     plan = ffi.new(
         "struct sbx_zygote_plan *",

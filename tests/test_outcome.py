@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sandboxd.cgroup import Counters
-from sandboxd.engine.outcome import Evidence, Finished, Outcome, Space, judge, parse_finished
 from sandboxd.errors import ProtocolError
 from sandboxd.limits import defaults, value_of
+from sandboxd.outcome.judge import Evidence, Finished, Outcome, Space, judge, parse_finished
 
 QUIET = Counters(
     cpu_usec=5000,

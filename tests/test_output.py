@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd.engine.output import Collector
+from sandboxd.outcome.collector import Collector
 
 MARKER = re.compile(rb"\n\[\.\.\. (\d+) bytes left out \.\.\.\]\n")
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from sandboxd import Limits, Sandbox, client, ownership
+from sandboxd import Limits, Sandbox
+from sandboxd._util import ownership
+from sandboxd.client import sandbox as client
 from sandboxd.daemon import load_config
-from sandboxd.daemon.policies import plain_policy
+from sandboxd.daemon.policy_cache import plain_policy
 from sandboxd.errors import PolicyError, SandboxError
 from tests import daemons, leftovers
 from tests.daemons import as_user
@@ -323,9 +325,9 @@ def test_user_is_warned_of_anothers_policy_file(home: Path) -> None:
 
 
 def test_shipped_policies_are_as_safe_as_the_program(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
-    from sandboxd import policyfiles
+    from sandboxd.policy import files
 
     given(home / "policies")
     given(home / "policies" / "brief.toml")
-    monkeypatch.setattr(policyfiles, "policies_dir", lambda: home / "policies")
-    assert policyfiles.read(home / "policies" / "brief.toml", ownership.check_daemons_file) == BRIEF
+    monkeypatch.setattr(files, "policies_dir", lambda: home / "policies")
+    assert files.read(home / "policies" / "brief.toml", ownership.check_daemons_file) == BRIEF

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from sandboxd import AsyncSandbox, Limits, Result, Sandbox
-from sandboxd.syscalls import NUMBERS
+from sandboxd.seccomp.syscalls import NUMBERS
 from tests import daemons, leftovers, test_attacks
 from tests.attacks import ATTACKS, SAMPLE, Attack
 from tests.attacks.base import outcome, program

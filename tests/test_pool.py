@@ -18,16 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sandboxd import PolicyError, ProtocolError, Result, Sandbox, protocol
+from sandboxd import PolicyError, ProtocolError, Result, Sandbox
 from sandboxd.cgroup.reading import Counters, Reading, Role, Row
-from sandboxd.engine.answer import answer, is_unremarkable, plainly
-from sandboxd.engine.clock import Clock
-from sandboxd.engine.outcome import Evidence, Finished
-from sandboxd.engine.output import Collector
-from sandboxd.engine.plan import BUILT_IN, same_shape
-from sandboxd.engine.pool import PoolSettings
-from sandboxd.engine.workspace import Collected
+from sandboxd.engine.cells.pool import PoolSettings
+from sandboxd.engine.cells.shape import BUILT_IN, same_shape
+from sandboxd.engine.cells.workspace import Collected
+from sandboxd.engine.runs.clock import Clock
 from sandboxd.limits import defaults
+from sandboxd.outcome.answer import answer, is_unremarkable, plainly
+from sandboxd.outcome.collector import Collector
+from sandboxd.outcome.judge import Evidence, Finished
+from sandboxd.protocol import packets
 from tests import daemons, leftovers
 from tests.test_crash import all_gone, named
 from tests.test_parked import FIXED, engine_of, settled
@@ -367,8 +368,8 @@ Pair = tuple[socket.socket, socket.socket]
 
 @pytest.mark.parametrize("count", [1, 6, FDS])
 def test_descriptors_arrive_with_their_packet(pair: Pair, count: int) -> None:
-    send_fds(pair[0], protocol.with_descriptors({"op": "lease", "x": [1]}), count)
-    packet = protocol.receive(pair[1], descriptors=FDS)
+    send_fds(pair[0], packets.with_descriptors({"op": "lease", "x": [1]}), count)
+    packet = packets.receive(pair[1], descriptors=FDS)
     assert packet is not None
     assert (packet.message, len(packet.fds)) == ({"op": "lease", "x": [1]}, count)
     assert not any(map(os.get_inheritable, packet.fds))
@@ -380,22 +381,22 @@ def test_descriptors_arrive_with_their_packet(pair: Pair, count: int) -> None:
 
 
 def test_a_packet_with_descriptors_may_come_without_any(pair: Pair) -> None:
-    pair[0].send(protocol.with_descriptors({"op": "lease"}))
-    packet = protocol.receive(pair[1], descriptors=FDS)
+    pair[0].send(packets.with_descriptors({"op": "lease"}))
+    packet = packets.receive(pair[1], descriptors=FDS)
     assert packet is not None
     assert packet.fds == []
 
 
 @pytest.mark.parametrize(("allowed", "count"), [(0, 0), (0, 1), (0, 6), (1, 2), (5, 6)], ids=lambda number: str(number))
 def test_descriptors_that_nobody_asked_for_are_refused_and_closed(pair: Pair, allowed: int, count: int) -> None:
-    data = protocol.with_descriptors({"op": "lease"})
+    data = packets.with_descriptors({"op": "lease"})
     if count:
         send_fds(pair[0], data, count)
     else:
         pair[0].send(data)
     before = leftovers.fds()
     with pytest.raises(ProtocolError):
-        protocol.receive(pair[1], descriptors=allowed)
+        packets.receive(pair[1], descriptors=allowed)
     leftovers.eventually(lambda: leftovers.fds() == before, 5, "what came is closed")
 
 
@@ -410,16 +411,16 @@ def test_descriptors_that_nobody_asked_for_are_refused_and_closed(pair: Pair, al
     ],
 )
 def test_a_wrong_packet_with_descriptors_is_refused_and_closed(pair: Pair, change: Callable[[bytes], bytes]) -> None:
-    send_fds(pair[0], change(protocol.with_descriptors({"op": "lease"})), 3)
+    send_fds(pair[0], change(packets.with_descriptors({"op": "lease"})), 3)
     before = leftovers.fds()
     with pytest.raises(ProtocolError):
-        protocol.receive(pair[1], descriptors=FDS)
+        packets.receive(pair[1], descriptors=FDS)
     leftovers.eventually(lambda: leftovers.fds() == before, 5, "what came is closed")
 
 
 def test_a_message_with_descriptors_must_be_short() -> None:
     with pytest.raises(ProtocolError):
-        protocol.with_descriptors({"op": "x" * protocol.INLINE_BYTES})
+        packets.with_descriptors({"op": "x" * packets.INLINE_BYTES})
 
 
 # Who is lent cells, and who may speak of them
@@ -435,7 +436,7 @@ def served() -> Iterator[daemons.Served]:
 def greeted(served: daemons.Served) -> daemons.Raw:
     """A client that would like to be lent cells."""
     raw = daemons.Raw(served, greet=False)
-    protocol.send(raw.sock, protocol.hello(direct=True))
+    packets.send(raw.sock, packets.hello(direct=True))
     assert raw.answer()["op"] == "hello"
     return raw
 
@@ -484,7 +485,7 @@ def test_a_daemon_takes_no_packet_with_descriptors(served: daemons.Served, count
     with daemons.Raw(served) as raw:
         settled(served.pid)
         before = len(leftovers.fds(served.pid))
-        data = protocol.with_descriptors({"op": "ps"})
+        data = packets.with_descriptors({"op": "ps"})
         if count:
             send_fds(raw.sock, data, count)
         else:
@@ -498,15 +499,15 @@ def serve_falsely(listener: socket.socket, answer: bytes) -> None:
     """One client: it is greeted, and its run is answered with *answer* and descriptors."""
     with listener, listener.accept()[0] as sock:
         for number in range(2):
-            packet = protocol.receive(sock)
+            packet = packets.receive(sock)
             assert packet is not None
             packet.close()
             if number:
                 send_fds(sock, answer, 8)
             else:
-                protocol.send(sock, {"op": "hello"})
+                packets.send(sock, {"op": "hello"})
         with contextlib.suppress(ConnectionResetError):
-            protocol.receive(sock)
+            packets.receive(sock)
 
 
 def test_a_client_of_a_false_daemon_takes_no_cell_from_it() -> None:
@@ -516,7 +517,7 @@ def test_a_client_of_a_false_daemon_takes_no_cell_from_it() -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(f"{home}/socket")
         listener.listen()
-        done = pool.submit(serve_falsely, listener, protocol.with_descriptors(lease))
+        done = pool.submit(serve_falsely, listener, packets.with_descriptors(lease))
         with Sandbox.connect(f"unix:{home}/socket") as client:
             with pytest.raises(ProtocolError):
                 client.run("1")
@@ -542,11 +543,11 @@ def borrowed(sandbox: Sandbox) -> tuple[socket.socket, dict[str, Any], list[int]
     assert sandbox._engine is not None
     sock = sandbox._engine.connect()
     sock.settimeout(20)
-    protocol.send(sock, protocol.hello(direct=True))
-    protocol.send(sock, daemons.request(), [b"pass"])
+    packets.send(sock, packets.hello(direct=True))
+    packets.send(sock, daemons.request(), [b"pass"])
     seen = []
     while True:
-        packet = protocol.receive(sock, descriptors=FDS)
+        packet = packets.receive(sock, descriptors=FDS)
         assert packet is not None
         seen.append(packet.message["op"])
         if seen[-1] == "lease":
@@ -576,7 +577,7 @@ def test_nonsense_about_a_lent_cell_ends_the_connection_and_the_cell(own: Sandbo
     sock, message, fds = borrowed(own)
     try:
         before = settled(engine_of(own))
-        protocol.send(sock, {"op": "take", "seconds": 0.0, "lease": message["lease"], **sizes})
+        packets.send(sock, {"op": "take", "seconds": 0.0, "lease": message["lease"], **sizes})
         raw = daemons.Raw(sock, greet=False)
         assert raw.refusal()[0] == "ProtocolError"
         assert raw.answer() == {}
@@ -595,8 +596,8 @@ def test_done_without_a_start_ends_the_cell_and_lends_another(own: Sandbox) -> N
     sock, message, fds = borrowed(own)
     try:
         before = settled(engine_of(own))
-        protocol.send(sock, {"op": "done", "lease": message["lease"], "status": "ok"})
-        packet = protocol.receive(sock, descriptors=FDS)
+        packets.send(sock, {"op": "done", "lease": message["lease"], "status": "ok"})
+        packet = packets.receive(sock, descriptors=FDS)
         assert packet is not None
         assert packet.message["op"] == "lease"
         assert packet.message["lease"] != message["lease"]
@@ -615,9 +616,9 @@ def test_a_lease_that_there_is_not_is_nobodys(own: Sandbox, name: Any) -> None:
     sock, _, fds = borrowed(own)
     try:
         before = {one.pid for one in settled(engine_of(own))}
-        protocol.send(sock, {"op": "done", "lease": name, "status": "ok"})
-        protocol.send(sock, {"op": "take", "seconds": 0.0, "lease": name, "stdout": 0, "stderr": 0, "frame": 0})
-        packet = protocol.receive(sock, descriptors=FDS)
+        packets.send(sock, {"op": "done", "lease": name, "status": "ok"})
+        packets.send(sock, {"op": "take", "seconds": 0.0, "lease": name, "stdout": 0, "stderr": 0, "frame": 0})
+        packet = packets.receive(sock, descriptors=FDS)
         assert packet is not None
         assert packet.message == {"op": "revoked", "lease": name, "taken": True}
         assert {one.pid for one in settled(engine_of(own))} == before
@@ -634,8 +635,8 @@ def test_a_forged_frame_of_the_callers_is_parsed_as_a_programs(own: Sandbox) -> 
     try:
         frame = b'{"exit_code": 0, "error": null, "results": [], "status": "ok"}'
         sizes = {"stdout": 0, "stderr": 0, "frame": len(frame)}
-        protocol.send(sock, {"op": "take", "seconds": 0.0, "lease": message["lease"], **sizes}, [frame])
-        protocol.send(sock, protocol.CANCEL)
+        packets.send(sock, {"op": "take", "seconds": 0.0, "lease": message["lease"], **sizes}, [frame])
+        packets.send(sock, packets.CANCEL)
         answer = daemons.Raw(sock, greet=False).answer()
         assert (answer["op"], answer["result"]["status"]) == ("result", "cancelled")
     finally:

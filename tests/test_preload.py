@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd import Policy, Result, Sandbox, Unavailable
-from sandboxd.engine.selftest import PROGRAM, verify
+from sandboxd.engine.cells.selftest import PROGRAM, verify
 from sandboxd.seccomp import effective
 from tests.modes import policy_of
 

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sandboxd import protocol
 from sandboxd.errors import ProtocolError
+from sandboxd.protocol import packets
 from tests.leftovers import eventually
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 HEAD = struct.Struct("<4sBBHIQ")
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-LARGE = protocol.INLINE_BYTES + 1
+LARGE = packets.INLINE_BYTES + 1
 
 Pair = tuple[socket.socket, socket.socket]
 
@@ -70,7 +70,7 @@ def raw(sock: socket.socket, data: bytes, *fds: int) -> None:
 
 
 def head(
-    text: int, payload: int, flags: int = 0, magic: bytes = b"SBXD", version: int = protocol.VERSION, zero: int = 0
+    text: int, payload: int, flags: int = 0, magic: bytes = b"SBXD", version: int = packets.VERSION, zero: int = 0
 ) -> bytes:
     """A packet's head."""
     return HEAD.pack(magic, version, flags, zero, text, payload)
@@ -89,7 +89,7 @@ def refused(pair: Pair, data: bytes, *fds: int) -> str:
     raw(pair[0], data, *fds)
     before = open_fds()
     with pytest.raises(ProtocolError) as error:
-        protocol.receive(pair[1])
+        packets.receive(pair[1])
     eventually(lambda: open_fds() == before, 5, "what came with it closed")
     return str(error.value)
 
@@ -100,18 +100,18 @@ def refused(pair: Pair, data: bytes, *fds: int) -> str:
 @same_pair
 @given(message=OBJECTS, payload=st.lists(st.binary(max_size=100), max_size=5))
 def test_a_small_packet_arrives(pair: Pair, message: dict[str, Any], payload: list[bytes]) -> None:
-    protocol.send(pair[0], message, payload)
-    packet = protocol.receive(pair[1])
+    packets.send(pair[0], message, payload)
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert packet.message == message
     assert packet.take_bytes() == b"".join(payload)
 
 
-@pytest.mark.parametrize("size", [0, 1, protocol.INLINE_BYTES - 9, LARGE, 5 << 20])
+@pytest.mark.parametrize("size", [0, 1, packets.INLINE_BYTES - 9, LARGE, 5 << 20])
 def test_a_payload_of_any_size_arrives(pair: Pair, size: int) -> None:
     content = os.urandom(1024) * (size // 1024) + b"x" * (size % 1024)
-    protocol.send(pair[0], {"a": "ü"}, [content])
-    packet = protocol.receive(pair[1])
+    packets.send(pair[0], {"a": "ü"}, [content])
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert (packet.message, packet.payload_bytes) == ({"a": "ü"}, size)
     taken = packet.take_bytes()
@@ -124,16 +124,16 @@ def test_a_payload_of_any_size_arrives(pair: Pair, size: int) -> None:
 
 def test_a_large_message_arrives(pair: Pair) -> None:
     message = {"text": "x" * (2 << 20)}
-    protocol.send(pair[0], message)
-    packet = protocol.receive(pair[1])
+    packets.send(pair[0], message)
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert packet.message == message
     assert packet.take_bytes() == b""
 
 
 def test_a_payload_in_very_many_pieces(pair: Pair) -> None:
-    protocol.send(pair[0], {}, [b"x", b""] * 3000)
-    packet = protocol.receive(pair[1])
+    packets.send(pair[0], {}, [b"x", b""] * 3000)
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert packet.take_bytes() == b"x" * 3000
 
@@ -141,17 +141,17 @@ def test_a_payload_in_very_many_pieces(pair: Pair) -> None:
 def test_a_memfd_that_was_filled_before(pair: Pair) -> None:
     fd = os.memfd_create("filled", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.write(fd, b"payload")
-    buffers, out = protocol.pack({"a": 1}, filled=fd)
-    protocol.send_packed(pair[0], buffers, out)
+    buffers, out = packets.pack({"a": 1}, filled=fd)
+    packets.send_packed(pair[0], buffers, out)
     os.close(out)
-    packet = protocol.receive(pair[1])
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert (packet.message, bytes(packet.take_bytes())) == ({"a": 1}, b"payload")
 
 
 def test_a_packet_that_nobody_takes_is_closed(pair: Pair) -> None:
-    protocol.send(pair[0], {}, [bytes(LARGE)])
-    packet = protocol.receive(pair[1])
+    packets.send(pair[0], {}, [bytes(LARGE)])
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert isinstance(packet.payload, int)
     assert not os.get_inheritable(packet.payload)
@@ -161,39 +161,39 @@ def test_a_packet_that_nobody_takes_is_closed(pair: Pair) -> None:
 
 def test_packets_stay_apart_and_in_order(pair: Pair) -> None:
     for n in range(20):
-        protocol.send(pair[0], {"n": n}, [b"p" * n])
+        packets.send(pair[0], {"n": n}, [b"p" * n])
     for n in range(20):
-        packet = protocol.receive(pair[1])
+        packet = packets.receive(pair[1])
         assert packet is not None
         assert (packet.message, packet.take_bytes()) == ({"n": n}, b"p" * n)
 
 
 def test_the_end_is_none(pair: Pair) -> None:
     pair[0].close()
-    assert protocol.receive(pair[1]) is None
+    assert packets.receive(pair[1]) is None
 
 
 def test_nothing_there_is_blockingioerror(pair: Pair) -> None:
     pair[1].setblocking(False)
     with pytest.raises(BlockingIOError):
-        protocol.receive(pair[1])
+        packets.receive(pair[1])
 
 
 def test_a_lone_surrogate_does_not_break_the_sender(pair: Pair) -> None:
-    protocol.send(pair[0], {"a": "\ud800"})
-    packet = protocol.receive(pair[1])
+    packets.send(pair[0], {"a": "\ud800"})
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert packet.message == {"a": "?"}
 
 
 def test_what_is_too_large_is_not_sent() -> None:
     with pytest.raises(ProtocolError, match="too large"):
-        protocol.pack({"a": "x" * protocol.JSON_BYTES})
+        packets.pack({"a": "x" * packets.JSON_BYTES})
 
 
 def test_nan_is_not_sent() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        protocol.pack({"a": float("nan")})
+        packets.pack({"a": float("nan")})
 
 
 # --- nothing else is a packet -------------------------------------------------------------------------------------
@@ -203,15 +203,15 @@ TEXT = b'{"a":1}'
 FORGED = {
     "short": b"SBXD",
     "magic": head(7, 0, magic=b"HTTP") + TEXT,
-    "version": head(7, 0, version=protocol.VERSION + 1) + TEXT,
+    "version": head(7, 0, version=packets.VERSION + 1) + TEXT,
     "flags": head(7, 0, flags=2) + TEXT,
     "zero": head(7, 0, zero=1) + TEXT,
     "text-too-long": head(8, 0) + TEXT,
     "text-too-short": head(6, 0) + TEXT,
     "payload-that-is-not-there": head(7, 5) + TEXT,
     "payload-not-announced": head(7, 0) + TEXT + b"more",
-    "json-over-the-bound": head(protocol.JSON_BYTES + 1, 0) + TEXT,
-    "payload-over-the-bound": head(7, protocol.PAYLOAD_BYTES + 1) + TEXT,
+    "json-over-the-bound": head(packets.JSON_BYTES + 1, 0) + TEXT,
+    "payload-over-the-bound": head(7, packets.PAYLOAD_BYTES + 1) + TEXT,
     "payload-of-2-64": head(7, (1 << 64) - 1) + TEXT,
     "memfd-that-is-not-there": head(7, 0, flags=1),
     "memfd-and-text": head(7, 0, flags=1) + TEXT,
@@ -237,7 +237,7 @@ def test_a_forged_packet_is_refused(pair: Pair, data: bytes) -> None:
 def test_the_version_is_named(pair: Pair) -> None:
     said = refused(pair, head(7, 0, version=77) + TEXT)
     assert "77" in said
-    assert str(protocol.VERSION) in said
+    assert str(packets.VERSION) in said
 
 
 @pytest.mark.parametrize("length", range(1, HEAD.size + len(TEXT)))
@@ -268,7 +268,7 @@ def test_noise_behind_a_good_head_is_a_packet_only_when_it_is_one(
 ) -> None:
     raw(pair[0], head(text, payload, flags=flags, zero=zero) + data)
     try:
-        packet = protocol.receive(pair[1])
+        packet = packets.receive(pair[1])
     except ProtocolError:
         return
     assert packet is not None
@@ -290,7 +290,7 @@ def test_one_flipped_bit(pair: Pair, at: int, bit: int, inline: bool) -> None:
     if fd >= 0:
         os.close(fd)
     try:
-        packet = protocol.receive(pair[1])
+        packet = packets.receive(pair[1])
     except ProtocolError:
         return
     assert packet is not None  # the flip was in the message or the payload
@@ -315,30 +315,30 @@ def test_a_nested_message_is_refused(pair: Pair, text: bytes) -> None:
     "message", [{"a": "[" * 100}, {"a": '"]}' * 50 + "\\" * 3}, {"a": [[]] * 100}, {"a": '\\"' * 100 + "[" * 100}]
 )
 def test_brackets_that_are_not_depth_are_fine(message: dict[str, Any]) -> None:
-    assert protocol.loads(json.dumps(message).encode()) == message
+    assert packets.loads(json.dumps(message).encode()) == message
 
 
 @pytest.mark.parametrize("unit", [b"[],", b'"[",', b'"\\"",'])
 def test_a_message_of_the_largest_size_is_judged_in_good_time(unit: bytes) -> None:
-    text = b'{"a":[' + unit * ((protocol.JSON_BYTES - 20) // len(unit)) + b"0]}"
+    text = b'{"a":[' + unit * ((packets.JSON_BYTES - 20) // len(unit)) + b"0]}"
     begun = time.monotonic()
     with contextlib.suppress(ProtocolError):
-        protocol.loads(text)
+        packets.loads(text)
     assert time.monotonic() - begun < 5
 
 
 def test_too_many_values_are_refused() -> None:
     for unit in (b"[],", b"1,", b'{"":0},'):
         with pytest.raises(ProtocolError, match="values"):
-            protocol.loads(b'{"a":[' + unit * (protocol.JSON_VALUES + 10) + b"0]}")
-    assert len(protocol.loads(b'{"a":[' + b"1," * 300_000 + b"0]}")["a"]) == 300_001
+            packets.loads(b'{"a":[' + unit * (packets.JSON_VALUES + 10) + b"0]}")
+    assert len(packets.loads(b'{"a":[' + b"1," * 300_000 + b"0]}")["a"]) == 300_001
 
 
 def test_an_unclosed_string_of_the_largest_size_is_judged_in_good_time() -> None:
     for text in (b'{"' + b"\\" * (4 << 20), b'{"' + b"[" * (4 << 20), b'"' * (4 << 20) + b"[" * 100):
         begun = time.monotonic()
         with pytest.raises(ProtocolError):
-            protocol.loads(text)
+            packets.loads(text)
         assert time.monotonic() - begun < 5
 
 
@@ -411,9 +411,9 @@ def test_inline_takes_no_memfd_and_looks_into_none(pair: Pair) -> None:
     fd = memfd(b"not JSON")
     raw(pair[0], head(8, 0, flags=1), fd)
     with pytest.raises(ProtocolError, match="Only a request"):
-        protocol.receive(pair[1], inline=True)
-    protocol.send(pair[0], {"a": 1})
-    packet = protocol.receive(pair[1], inline=True)
+        packets.receive(pair[1], inline=True)
+    packets.send(pair[0], {"a": 1})
+    packet = packets.receive(pair[1], inline=True)
     assert packet is not None
     assert packet.message == {"a": 1}
     os.close(fd)
@@ -430,13 +430,13 @@ def test_inline_takes_no_memfd_and_looks_into_none(pair: Pair) -> None:
 )
 def test_a_request_has_closer_bounds(pair: Pair, text: bytes, words: str) -> None:
     fd = memfd(text)
-    for bounds in (protocol.REQUESTS, protocol.ANYTHING):
+    for bounds in (packets.REQUESTS, packets.ANYTHING):
         raw(pair[0], head(len(text), 0, flags=1), fd)
-        if bounds is protocol.REQUESTS:
+        if bounds is packets.REQUESTS:
             with pytest.raises(ProtocolError, match=words):
-                protocol.receive(pair[1], bounds=bounds)
+                packets.receive(pair[1], bounds=bounds)
         else:
-            packet = protocol.receive(pair[1], bounds=bounds)
+            packet = packets.receive(pair[1], bounds=bounds)
             assert packet is not None
             packet.close()
     os.close(fd)
@@ -444,7 +444,7 @@ def test_a_request_has_closer_bounds(pair: Pair, text: bytes, words: str) -> Non
 
 def test_a_request_may_name_ten_thousand_files() -> None:
     files = [[f"directory/another/{number:06}.txt", 1000] for number in range(10_000)]
-    assert len(protocol.loads(json.dumps({"files": files}).encode(), protocol.REQUESTS)["files"]) == 10_000
+    assert len(packets.loads(json.dumps({"files": files}).encode(), packets.REQUESTS)["files"]) == 10_000
 
 
 def test_a_descriptor_with_an_inline_packet_is_refused(pair: Pair) -> None:
@@ -461,7 +461,7 @@ def test_an_empty_packet_with_a_descriptor_is_not_the_end(pair: Pair) -> None:
 
 def test_a_refused_packet_does_not_end_the_conversation(pair: Pair) -> None:
     refused(pair, b"noise")
-    protocol.send(pair[0], {"a": 1})
-    packet = protocol.receive(pair[1])
+    packets.send(pair[0], {"a": 1})
+    packet = packets.receive(pair[1])
     assert packet is not None
     assert packet.message == {"a": 1}

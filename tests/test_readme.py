@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from sandboxd import limits, policy
-from sandboxd.engine.life import TRANSITIONS, Event, State
+from sandboxd.engine.cells.state import TRANSITIONS, Event, State
 from tests.attacks import ATTACKS
 from tests.conftest import EXAMPLES
 

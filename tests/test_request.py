@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from sandboxd.client.request import RunRequest
 from sandboxd.errors import InvalidRequest, PolicyError, ProtocolError
 from sandboxd.limits import defaults
 from sandboxd.policy import Limits
-from sandboxd.request import RunRequest
-from sandboxd.wire import (
+from sandboxd.protocol.run_header import (
     ARGS_ENV_MAX_BYTES,
     CODE_MAX_BYTES,
     FILES_MAX,

@@ -21,7 +21,7 @@ ENGINE: Final = """
 import asyncio, json, sys, time
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.core import Engine
-from sandboxd.interpreter import Interpreter
+from sandboxd.rootfs.interpreter import Interpreter
 from sandboxd.policy import Policy, Runtime
 
 async def until(what):

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import ValidationError
 
+from sandboxd.client.result import LimitHit, Result, Usage
 from sandboxd.errors import ProtocolError
-from sandboxd.result import LimitHit, Result, Usage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

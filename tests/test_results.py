@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox, protocol
+from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox
+from sandboxd.protocol import packets
 
 PROMISED = [
     "id", "status", "exit_code", "signal", "stdout", "stderr", "stdout_dropped_bytes", "stderr_dropped_bytes", "error",
@@ -32,10 +33,10 @@ def live_runs(sandbox: Sandbox) -> list[Any]:
     """The runs that the engine of *sandbox* knows at this moment."""
     assert sandbox._engine is not None
     with sandbox._engine.connect() as sock:
-        protocol.send(sock, protocol.hello())
-        protocol.send(sock, {"op": "ps"})
+        packets.send(sock, packets.hello())
+        packets.send(sock, {"op": "ps"})
         while True:
-            packet = protocol.receive(sock)
+            packet = packets.receive(sock)
             assert packet is not None
             packet.close()
             if packet.message["op"] == "ps":

@@ -14,12 +14,13 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from sandboxd import etc, rootfs
 from sandboxd.errors import PolicyError, Unavailable
-from sandboxd.hosttree import HostTree
-from sandboxd.ids import SlotIds
-from sandboxd.interpreter import Interpreter
-from sandboxd.rootfs import DEVICES, Kind, Op, encode, iterate, plan_host
+from sandboxd.ids.ranges import SlotIds
+from sandboxd.rootfs import etc
+from sandboxd.rootfs import plan as rootfs
+from sandboxd.rootfs.hosttree import HostTree
+from sandboxd.rootfs.interpreter import Interpreter
+from sandboxd.rootfs.plan import DEVICES, Kind, Op, encode, iterate, plan_host
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

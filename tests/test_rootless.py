@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import userids, userns
 from sandboxd.errors import Unavailable
-from sandboxd.stages import Stage, unavailable
+from sandboxd.ids import rootless
+from sandboxd.kernel import userns
+from sandboxd.kernel.stages import Stage, unavailable
 from tests import plain
 from tests.modes import ROOT
 from tests.vm.plan import REFUSED, SAMPLE
@@ -56,23 +57,23 @@ def test_the_hosts_files_are_as_they_were() -> None:
 
 
 def test_rights_are_read_from_the_status() -> None:
-    assert userids.privileges("CapEff:\t00000000000000c0\nNoNewPrivs:\t1\n") == (True, True)
-    assert userids.privileges("CapEff:\t0000000000000080\nNoNewPrivs:\t0\n") == (False, False)
-    assert userids.privileges("") == (False, False)
+    assert rootless.privileges("CapEff:\t00000000000000c0\nNoNewPrivs:\t1\n") == (True, True)
+    assert rootless.privileges("CapEff:\t0000000000000080\nNoNewPrivs:\t0\n") == (False, False)
+    assert rootless.privileges("") == (False, False)
 
 
 def test_a_helper_without_rights_is_told(tmp_path: Path) -> None:
     program = tmp_path / "newuidmap"
-    assert userids.helper_problem(None) == "is not installed"
-    assert "No such file" in userids.helper_problem(str(program))
+    assert rootless.helper_problem(None) == "is not installed"
+    assert "No such file" in rootless.helper_problem(str(program))
     program.write_text("")
     program.chmod(0o755)
-    assert userids.helper_problem(str(program)) == "is neither setuid root nor has file capabilities"
+    assert rootless.helper_problem(str(program)) == "is neither setuid root nor has file capabilities"
     program.chmod(0o4755)
-    assert userids.helper_problem(str(program)) == ""
+    assert rootless.helper_problem(str(program)) == ""
     os.chown(program, plain.UID, plain.GID)
     program.chmod(0o4755)
-    assert userids.helper_problem(str(program)) != ""
+    assert rootless.helper_problem(str(program)) != ""
 
 
 def switch(root: Path, **values: str) -> Path:

@@ -236,7 +236,7 @@ def test_ctrl_c_of_the_terminal_does_not_reach_the_engine(own: Sandbox) -> None:
 def test_wrong_arguments_of_a_sandbox_start_nothing(
     monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], named: str
 ) -> None:
-    monkeypatch.setattr("sandboxd.client.EngineProcess", lambda: pytest.fail("an engine was started"))
+    monkeypatch.setattr("sandboxd.client.sandbox.EngineProcess", lambda: pytest.fail("an engine was started"))
     with pytest.raises(PolicyError, match=f"^{re.escape(named)}"):
         Sandbox(**given)
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from sandboxd import seccomp, seccomp_profile
+from sandboxd import seccomp
 from sandboxd.errors import PolicyError
 from sandboxd.seccomp import KILL, SUCCEED, Action, Profile, Rule, Test, refuse
-from sandboxd.syscalls import NAMES, NEWEST, NUMBERS, SINCE, nearest
+from sandboxd.seccomp import profile as seccomp_profile
+from sandboxd.seccomp.syscalls import NAMES, NEWEST, NUMBERS, SINCE, nearest
 
 SHIPPED = ("default", "strict")
 REGISTER = (1 << 64) - 1

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import seccomp, seccomp_cache
-from sandboxd.cache import HEAD_BYTES, MAGIC, cache_directory
+from sandboxd import seccomp
+from sandboxd._util.diskcache import HEAD_BYTES, MAGIC, cache_directory
+from sandboxd.seccomp import cache as seccomp_cache
 
 if TYPE_CHECKING:
     from collections.abc import Callable

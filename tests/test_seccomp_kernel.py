@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd import seccomp
-from sandboxd.syscalls import NAMES, NEWEST, NUMBERS
+from sandboxd.seccomp.syscalls import NAMES, NEWEST, NUMBERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -21,13 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sandboxd import seccomp, seccomp_bpf, seccomp_cache, seccomp_layers
-from sandboxd.cache import HEAD_BYTES, MAGIC
+from sandboxd import seccomp
+from sandboxd._util.diskcache import HEAD_BYTES, MAGIC
 from sandboxd.errors import Unavailable
 from sandboxd.seccomp import ALLOW as PERMIT
-from sandboxd.seccomp import KILL, LOG, Layers, Profile, Rule, Test, refuse
-from sandboxd.seccomp_layers import SPAWN, Need, split
-from sandboxd.syscalls import NAMES, NEWEST, NUMBERS
+from sandboxd.seccomp import KILL, LOG, Layers, Profile, Rule, Test, bpf, cache, refuse
+from sandboxd.seccomp import layers as seccomp_layers
+from sandboxd.seccomp.layers import SPAWN, Need, split
+from sandboxd.seccomp.syscalls import NAMES, NEWEST, NUMBERS
 from tests.test_seccomp_kernel import ALONE, MARKER, call, in_child, install
 from tests.test_seccomp_program import (
     ALL_NUMBERS,
@@ -281,13 +282,13 @@ def test_arguments_that_the_profile_allows_are_no_matter_of_the_own_layer() -> N
 
 def test_upper_filter_that_refuses_by_default_is_an_error() -> None:
     with pytest.raises(ValueError, match="no filter to lay upon another"):
-        seccomp_bpf.compile_upper(layers_of("default")[0])
+        bpf.compile_upper(layers_of("default")[0])
 
 
 def test_more_numbers_than_a_small_tree_spans_are_an_error() -> None:
     rules = tuple(Rule(number, refuse(1)) for number in range(300))
     with pytest.raises(ValueError, match="too many for a small tree"):
-        seccomp_bpf.compile_upper(Profile("wide", PERMIT, rules))
+        bpf.compile_upper(Profile("wide", PERMIT, rules))
 
 
 def test_layers_that_do_something_else_together_are_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +445,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(profile.name)
         return real(profile)
 
-    monkeypatch.setattr(seccomp_cache, "compile_layers", counting)
+    monkeypatch.setattr(cache, "compile_layers", counting)
     return names
 
 

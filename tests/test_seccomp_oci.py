@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd import seccomp, seccomp_oci
+from sandboxd import seccomp
 from sandboxd.errors import PolicyError
-from sandboxd.syscalls import NUMBERS
+from sandboxd.seccomp import oci
+from sandboxd.seccomp.syscalls import NUMBERS
 
 if TYPE_CHECKING:
     from sandboxd.seccomp import Profile
-from sandboxd.seccomp_bpf import AUDIT_ARCH_I386, AUDIT_ARCH_X86_64
+from sandboxd.seccomp.bpf import AUDIT_ARCH_I386, AUDIT_ARCH_X86_64
 
 FIXTURES = Path(__file__).parent / "fixtures" / "seccomp"
 HIGH = 1 << 32
 
 
 def parse(**document: Any) -> Profile:
-    return seccomp_oci.parse(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", **document}), "profile.json", (6, 1))
+    return oci.parse(json.dumps({"defaultAction": "SCMP_ACT_ERRNO", **document}), "profile.json", (6, 1))
 
 
 def decide(profile: Profile, call: str, *arguments: int) -> str:
@@ -101,7 +102,7 @@ def test_program_means_what_the_file_says(name: str) -> None:
 @pytest.mark.parametrize("default", ["SCMP_ACT_ALLOW", "SCMP_ACT_ERRNO", "SCMP_ACT_LOG", "SCMP_ACT_KILL_PROCESS"])
 def test_guards_stand_before_every_profile(default: str) -> None:
     program = seccomp.compile(
-        seccomp_oci.parse(
+        oci.parse(
             json.dumps({"defaultAction": default, "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]}), "x.json"
         )
     )
@@ -115,7 +116,7 @@ def test_names_that_are_no_calls_here_are_told() -> None:
 
 def test_whole_config_json() -> None:
     text = json.dumps({"linux": {"seccomp": {"defaultAction": "SCMP_ACT_KILL", "syscalls": [entry(["read"])]}}})
-    profile = seccomp_oci.parse(text, "config.json")
+    profile = oci.parse(text, "config.json")
     assert (decide(profile, "read"), decide(profile, "write")) == ("allow", "kill")
 
 
@@ -268,7 +269,7 @@ def test_wrong_file_is_refused_by_its_key(document: dict[str, Any], message: str
 )
 def test_text_that_is_no_profile(text: str) -> None:
     with pytest.raises(PolicyError):
-        seccomp_oci.parse(text, "profile.json")
+        oci.parse(text, "profile.json")
 
 
 def test_file_that_is_too_long(tmp_path: Path) -> None:

@@ -12,17 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sandboxd import seccomp, seccomp_bpf
+from sandboxd import seccomp
 from sandboxd.errors import PolicyError, Unavailable
 from sandboxd.seccomp import ALLOW as PERMIT
-from sandboxd.seccomp import KILL, SUCCEED, Profile, Rule, Test, refuse
+from sandboxd.seccomp import KILL, SUCCEED, Profile, Rule, Test, bpf, refuse
 from sandboxd.seccomp import LOG as LOGGED
-from sandboxd.syscalls import NAMES, NUMBERS
+from sandboxd.seccomp.syscalls import NAMES, NUMBERS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sandboxd.seccomp_rules import Operator
+    from sandboxd.seccomp.rules import Operator
 
 SHIPPED = ("default", "strict")
 REGISTER = (1 << 64) - 1
@@ -242,15 +242,15 @@ def test_program_longer_than_the_kernel_takes_is_an_error() -> None:
 
 
 def test_filter_that_is_not_what_was_asked_is_never_returned(default: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = seccomp_bpf._link
+    real = bpf._link
 
-    def broken(frame: list[seccomp_bpf._Instruction], sections: list[list[seccomp_bpf._Instruction]]) -> object:
+    def broken(frame: list[bpf._Instruction], sections: list[list[bpf._Instruction]]) -> object:
         return [
-            seccomp_bpf._Instruction(one.code, 0x7FFF0000) if one.code == 0x06 and one.k == 0x50061 else one
+            bpf._Instruction(one.code, 0x7FFF0000) if one.code == 0x06 and one.k == 0x50061 else one
             for one in real(frame, sections)
         ]
 
-    monkeypatch.setattr(seccomp_bpf, "_link", broken)
+    monkeypatch.setattr(bpf, "_link", broken)
     with pytest.raises(Unavailable, match="does not do for call 41"):
         seccomp.compile(default)
 

@@ -16,7 +16,7 @@ import pytest
 
 from sandboxd import Sandbox
 from sandboxd.cgroup import Bounds, Instance, NoInstance, discover
-from sandboxd.engine.slots import BACKLOG, Slots
+from sandboxd.engine.cells.slots import BACKLOG, Slots
 from sandboxd.errors import Unavailable
 from tests import leftovers
 from tests.modes import HAS_CGROUP, policy_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sandboxd.cgroup import Leaf
-    from sandboxd.engine.slots import Slot
+    from sandboxd.engine.cells.slots import Slot
 
 RUNS: Final = 500 if SLOWER == 1 else 60
 NAMES: Final = 600

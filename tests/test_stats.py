@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd import AsyncSandbox, Busy, Limits, Sandbox
-from sandboxd.engine import heldtime
+from sandboxd.engine import held_time
 from sandboxd.errors import SandboxError
 from tests import daemons, leftovers
 from tests.daemons import as_user
@@ -110,7 +110,7 @@ def test_of_a_daemon_others_see_their_own_counters(served: daemons.Served) -> No
 
 def test_a_callback_that_blocks_is_held_time() -> None:
     async def main() -> None:
-        held = heldtime.of(asyncio.get_running_loop())
+        held = held_time.of(asyncio.get_running_loop())
         await asyncio.sleep(0.01)
         before = held.plain()
         assert before["worst"] < 0.05
@@ -121,30 +121,30 @@ def test_a_callback_that_blocks_is_held_time() -> None:
         assert after["above"] == {**before["above"], "0.01": 1 + before["above"]["0.01"], "0.05": 1}
         assert after["p99"] <= after["worst"]
 
-    heldtime.run(main)
+    held_time.run(main)
 
 
 def test_waiting_for_an_event_is_no_held_time() -> None:
     async def main() -> None:
         await asyncio.sleep(0.2)
-        assert heldtime.of(asyncio.get_running_loop()).worst_seconds < 0.05
+        assert held_time.of(asyncio.get_running_loop()).worst_seconds < 0.05
 
-    heldtime.run(main)
+    held_time.run(main)
 
 
 def test_the_99th_percentile_is_near_the_truth() -> None:
-    held = heldtime.HeldTime()
+    held = held_time.HeldTime()
     for index in range(1000):
-        held._counts[heldtime._bucket(0.002 if index >= 985 else 0.0001)] += 1
+        held._counts[held_time._bucket(0.002 if index >= 985 else 0.0001)] += 1
     held.iterations, held.worst_seconds = 1000, 0.002
     assert 0.0016 <= held.p99_seconds() <= 0.0024
     held._counts = [0] * len(held._counts)
-    held._counts[heldtime._bucket(0.0001)] = 1000
+    held._counts[held_time._bucket(0.0001)] = 1000
     assert 0.00008 <= held.p99_seconds() <= 0.00012
 
 
 def test_what_an_iteration_read_is_counted() -> None:
-    held = heldtime.HeldTime()
+    held = held_time.HeldTime()
     held.begin(slept=True)
     held.did(100)
     held.did(28)

@@ -19,12 +19,12 @@ import pytest
 
 from sandboxd import Sandbox, seccomp
 from sandboxd.policy import load
-from sandboxd.syscalls import NAMES, NEWEST, NUMBERS, X32_BIT
+from sandboxd.seccomp.syscalls import NAMES, NEWEST, NUMBERS, X32_BIT
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from sandboxd.seccomp_rules import Action, Profile
+    from sandboxd.seccomp.rules import Action, Profile
 
 MARKER = 3999
 """No errno of the kernel's, and below MAX_ERRNO (4095), where the filter's data is cut off."""

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import Sandbox, client
+from sandboxd import Sandbox
+from sandboxd.client import sandbox as client
 from sandboxd.errors import Busy, ConnectionLost, SandboxError, Unavailable
 from tests import attacks, leftovers
 from tests.attacks.bait import bait

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd import AsyncSandbox, Limits, ProtocolError, Sandbox, toolframes
+from sandboxd import AsyncSandbox, Limits, ProtocolError, Sandbox
 from sandboxd.cgroup import discover
 from sandboxd.errors import Unavailable
-from sandboxd.tools import link
-from sandboxd.tools.link import CodeRun, Toolbox
-from sandboxd.tools.running import NoThread
+from sandboxd.protocol import toolframes
+from sandboxd.tools.code import link
+from sandboxd.tools.code.link import CodeRun, Toolbox
+from sandboxd.tools.pipeline.running import NoThread
 from tests import daemons, leftovers
 
 if TYPE_CHECKING:
@@ -1030,7 +1031,7 @@ HOST = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
 from sandboxd import Sandbox
-from sandboxd.tools.link import Toolbox
+from sandboxd.tools.code.link import Toolbox
 from tests.test_tool_calls import MODULE
 def hang(body, run):
     print("called", flush=True)

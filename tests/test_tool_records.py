@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from sandboxd.tools.link import CodeRun
+    from sandboxd.tools.code.link import CodeRun
 
 
 class Recorded(Tools):

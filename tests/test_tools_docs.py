@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from sandboxd.toolframes import ANSWER_BYTES, CALL_BYTES, OUTSTANDING
+from sandboxd.protocol.toolframes import ANSWER_BYTES, CALL_BYTES, OUTSTANDING
 from sandboxd.tools import CODES, Budget, Dispatcher, tool
+from sandboxd.tools.code.kept import KEPT_RUNS
+from sandboxd.tools.code.offer import MOST_FILES
+from sandboxd.tools.code.pictures import LOOKED_AT, LOOKED_AT_BYTES, MOST_PICTURES, PICTURE_BYTES, PICTURE_PIXELS
+from sandboxd.tools.code.view import STREAM_CHARACTERS
 from sandboxd.tools.dispatcher import RESULT_BYTES
-from sandboxd.tools.kept import KEPT_RUNS
-from sandboxd.tools.offer import MOST_FILES
-from sandboxd.tools.pictures import LOOKED_AT, LOOKED_AT_BYTES, MOST_PICTURES, PICTURE_BYTES, PICTURE_PIXELS
-from sandboxd.tools.schema import SET_ITEMS, SET_OBJECTS
-from sandboxd.tools.view import STREAM_CHARACTERS
+from sandboxd.tools.schema.signature import SET_ITEMS, SET_OBJECTS
 from tests.conftest import EXAMPLES
 from tests.test_readme import agree, blocks, table_rows
 

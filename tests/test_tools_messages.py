@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from sandboxd.tools import Dispatcher, tool
-from sandboxd.tools.forms import calls_of
-from sandboxd.tools.pictures import (
+from sandboxd.tools.code.pictures import (
     LOOKED_AT,
     LOOKED_AT_BYTES,
     MOST_PICTURES,
@@ -28,13 +27,14 @@ from sandboxd.tools.pictures import (
     _Unfit,
     pictures_of,
 )
+from sandboxd.tools.vendors.forms import calls_of
 from tests.pictures import damaged_png, endless_jpeg, jpeg, png
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sandboxd import Sandbox
-    from sandboxd.result import Result
+    from sandboxd.client.result import Result
 
 needs_openai = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="openai is not installed")
 needs_anthropic = pytest.mark.skipif(importlib.util.find_spec("anthropic") is None, reason="anthropic is not installed")

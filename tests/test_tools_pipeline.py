@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from sandboxd.audit import AuditLog
 from sandboxd.errors import Unavailable
 from sandboxd.tools import CODES, Budget, Dispatcher, Tool, ToolError, ToolResult, tool
-from sandboxd.tools.link import CodeRun, Toolbox
+from sandboxd.tools.code.link import CodeRun, Toolbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -237,7 +237,7 @@ def test_a_rate_says_when_to_come_back() -> None:
 
 def test_a_bucket_fills_again(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [1000.0]
-    monkeypatch.setattr("sandboxd.tools.rates.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sandboxd.tools.pipeline.rates.time.monotonic", lambda: now[0])
 
     @tool(rate="10/s")
     def often() -> None: ...

@@ -26,9 +26,9 @@ from sandboxd import (
     Unavailable,
 )
 from sandboxd.tools import Dispatcher, Review, ToolResult, tool
-from sandboxd.tools.kept import Kept
-from sandboxd.tools.offer import DESCRIPTION_CHARACTERS, RESULT_BYTES
-from sandboxd.tools.view import STREAM_CHARACTERS, as_text, clipped, value_of
+from sandboxd.tools.code.kept import Kept
+from sandboxd.tools.code.offer import DESCRIPTION_CHARACTERS, RESULT_BYTES
+from sandboxd.tools.code.view import STREAM_CHARACTERS, as_text, clipped, value_of
 from tests.daemons import directory, served
 from tests.pictures import png
 

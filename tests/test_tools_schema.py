@@ -19,10 +19,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, 
 from typing_extensions import TypedDict
 
 from sandboxd.tools import Dispatcher, Tool, ToolError, ToolResult, tool
-from sandboxd.tools.checking import Checker
-from sandboxd.tools.docstrings import split
-from sandboxd.tools.schema import SET_ITEMS, SET_OBJECTS
-from sandboxd.tools.values import VALUES
+from sandboxd.tools.schema.checking import Checker
+from sandboxd.tools.schema.docstrings import split
+from sandboxd.tools.schema.signature import SET_ITEMS, SET_OBJECTS
+from sandboxd.tools.schema.values import VALUES
 
 NEW_YEAR = datetime.date(2024, 1, 1)
 

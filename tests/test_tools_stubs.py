@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
-from sandboxd.toolframes import MODULE_BYTES
+from sandboxd.protocol.toolframes import MODULE_BYTES
 from sandboxd.tools import Tool, tool
-from sandboxd.tools.stubs import cell_module, prompt_stubs, signature
+from sandboxd.tools.schema.stubs import cell_module, prompt_stubs, signature
 
 
 class Row(BaseModel):

@@ -17,7 +17,8 @@ import pytest
 from pydantic import BaseModel, Field, TypeAdapter
 
 from sandboxd import Sandbox
-from sandboxd.tools import Dispatcher, Tool, tool, vendors
+from sandboxd.tools import Dispatcher, Tool, tool
+from sandboxd.tools.vendors import vendors
 
 
 class Row(BaseModel):

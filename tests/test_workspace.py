@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import wire
-from sandboxd.cellfiles import CellFiles, HostRoot
-from sandboxd.engine import workspace
+from sandboxd.engine.cells import workspace
+from sandboxd.engine.cells.files import CellFiles, HostRoot
 from sandboxd.errors import InvalidRequest
+from sandboxd.protocol import run_header
 from tests.leftovers import eventually
 
 if TYPE_CHECKING:
@@ -181,12 +181,12 @@ def test_what_is_over_the_size_is_skipped(place: Path, fd: int) -> None:
 
 def test_what_is_too_deep_is_skipped(place: Path, fd: int) -> None:
     here = place
-    for n in range(wire.DEPTH + 2):
+    for n in range(run_header.DEPTH + 2):
         here = here / "d"
         here.mkdir()
         (here / "f").write_bytes(str(n).encode())
     found, skipped = taken(fd)
-    assert len(found) == wire.DEPTH
+    assert len(found) == run_header.DEPTH
     assert skipped == 1
 
 

@@ -78,7 +78,7 @@ is_current() {
 }
 
 # Refuse a $VENV in a place that a sandbox has for itself: no interpreter there can be shown in one (_NEVER_BELOW in
-# sandboxd/rootfs.py).
+# sandboxd/rootfs/plan.py).
 check_place() {
     local spelled real place
     spelled=$(realpath --canonicalize-missing --no-symlinks -- "$VENV")

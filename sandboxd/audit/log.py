@@ -19,10 +19,10 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from sandboxd._util.closeable import Closing
 from sandboxd.audit.file import LOCK_SECONDS, LOCKED, ChainFile
 from sandboxd.audit.record import body, stamp
 from sandboxd.audit.redact import Redactor
-from sandboxd.closing import Closing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -19,7 +19,7 @@ from sandboxd.bench.peers import EXPECTED, Peers, Task
 from sandboxd.bench.stats import Failed
 from sandboxd.bench.warm import WarmProcess, forking_loops, plain_environment
 from sandboxd.errors import SandboxError
-from sandboxd.interpreter import Interpreter
+from sandboxd.rootfs.interpreter import Interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

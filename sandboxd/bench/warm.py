@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sandboxd._util.closeable import Closing
 from sandboxd.bench.stats import Failed
-from sandboxd.closing import Closing
 
 __all__ = ["WarmProcess", "forking_loops", "plain_environment"]
 

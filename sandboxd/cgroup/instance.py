@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypedDict
 
+from sandboxd._util.closeable import Closing
 from sandboxd.cgroup import systemd, v1, v2
 from sandboxd.cgroup.discovery import CONTROLLERS, Hierarchy, Layout
 from sandboxd.cgroup.files import Fds, Group, kill_listed
@@ -18,7 +19,6 @@ from sandboxd.cgroup.leaf import Leaf, LeafGroups
 from sandboxd.cgroup.pids import bound_pids
 from sandboxd.cgroup.place import Place, start_time
 from sandboxd.cgroup.refusal import unavailable
-from sandboxd.closing import Closing
 from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:

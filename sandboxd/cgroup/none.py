@@ -1,6 +1,6 @@
 """What an engine has in the place of cgroups where it gets none: the same small interface, without limits or counters.
 
-A cell is ended through its init's pidfd, as always, and what rlimits can hold (``engine/plan.py``) is held. Nothing is
+A cell is ended through its init's pidfd, as always, and what rlimits can hold (``cells/shape.py``) is held. Nothing is
 counted, nothing is frozen, and no notice of an OOM comes; receipts name what is missing. A policy that requires a
 controller is refused with ``NoInstance.refusal``, which says why there is none and what gives it one.
 """

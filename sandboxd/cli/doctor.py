@@ -11,8 +11,8 @@ import click
 from sandboxd.cli import output
 
 if TYPE_CHECKING:
-    from sandboxd.doctor import Finding, Report
-    from sandboxd.host import Fact
+    from sandboxd.diagnostics.doctor import Finding, Report
+    from sandboxd.diagnostics.host_facts import Fact
 
 __all__ = ["doctor"]
 
@@ -27,7 +27,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
     Exit status 0 only if the default policy can be enforced in full by the user who asks.
     """
-    from sandboxd.doctor import prove, survey
+    from sandboxd.diagnostics.doctor import prove, survey
 
     try:
         report = survey()
@@ -46,7 +46,7 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
 
 def show(report: Report) -> None:
     """The report for a person."""
-    from sandboxd.doctor import MODES
+    from sandboxd.diagnostics.doctor import MODES
 
     output.write(output.paint(f"Walls, as {MODES[report.mode]} (this process)", "head"))
     for wall in report.walls:

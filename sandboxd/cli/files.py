@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sandboxd.errors import InvalidRequest
-from sandboxd.wire import check_files, check_guest_path
+from sandboxd.protocol.run_header import check_files, check_guest_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

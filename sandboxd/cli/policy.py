@@ -56,7 +56,7 @@ def show(name_or_file: str, as_json: bool) -> None:
     """Show the effective value of every key, and every system call that the seccomp filter decides on."""
     from sandboxd import policy as policies
     from sandboxd import seccomp
-    from sandboxd.policyfiles import file_of
+    from sandboxd.policy.files import file_of
 
     shown = policies.load(name_or_file)
     try:

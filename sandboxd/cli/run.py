@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from sandboxd.cli import EXIT_INTERRUPTED, EXIT_UNAVAILABLE, failure_status, output
+from sandboxd.cli.exit_status import OPTIONS, exit_status, reason
 from sandboxd.cli.files import BadInput, plan_inputs, read_bounded
 from sandboxd.cli.params import ADDRESS, LimitType
-from sandboxd.cli.verdict import OPTIONS, exit_status, reason
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, SandboxError
-from sandboxd.wire import CODE_MAX_BYTES, check_args, check_code, check_env, check_filename
+from sandboxd.protocol.run_header import CODE_MAX_BYTES, check_args, check_code, check_env, check_filename
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from sandboxd.client import Sandbox
-    from sandboxd.result import Result
+    from sandboxd.client.result import Result
+    from sandboxd.client.sandbox import Sandbox
 
 __all__ = ["exit_status", "failure", "run"]
 
@@ -248,7 +248,7 @@ def execute(job: Job, given: dict[str, Any], limits: dict[str, Any], directory: 
     result = None
     try:
         with open_sandbox(given["policy"], given["connect"], limits) as sandbox:
-            from sandboxd.client import Cancel
+            from sandboxd.client.sandbox import Cancel
 
             cancel = Cancel()
             with on_interrupt(cancel):
@@ -320,7 +320,7 @@ def open_sandbox(policy: str | None, connect: str | None, limits: dict[str, Any]
 
     What was not given is left to the client: the default policy is "default" here, the operator's choice at a daemon.
     """
-    from sandboxd.client import Sandbox
+    from sandboxd.client.sandbox import Sandbox
 
     given: dict[str, Any] = {} if policy is None else {"policy": policy}
     if limits:

@@ -11,7 +11,7 @@ import click
 from sandboxd.cli import output
 
 if TYPE_CHECKING:
-    from sandboxd.service.steps import Host, Step
+    from sandboxd.install.steps import Host, Step
 
 __all__ = ["install_service"]
 
@@ -39,8 +39,8 @@ def install_service(
     daemon with its first client.
     """
     from sandboxd.errors import Unavailable
-    from sandboxd.service import place, plans
-    from sandboxd.service.steps import Host
+    from sandboxd.install import place, plans
+    from sandboxd.install.steps import Host
 
     if program is not None and not program.startswith("/"):
         raise click.BadParameter("it must be an absolute path", param_hint="--exec")

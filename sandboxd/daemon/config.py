@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from sandboxd._util.ownership import check, check_daemons_file
 from sandboxd.engine.config import AuditSettings, EngineConfig
 from sandboxd.errors import PolicyError
-from sandboxd.ids import parse_config as parse_range
+from sandboxd.ids.ranges import parse_config as parse_range
 from sandboxd.limits import LIMITS, parse, shown
-from sandboxd.ownership import check, check_daemons_file
 
 __all__ = ["CONFIG", "GROUP", "SOCKET", "DaemonConfig", "directories", "find_policy", "group_id", "load_config"]
 
@@ -52,7 +52,7 @@ def load_config(path: Path | None) -> DaemonConfig:
     try:
         return _read_config(chosen, path is None)
     except PolicyError as error:
-        from sandboxd.policy import located
+        from sandboxd.policy.model import located
 
         raise located(error, chosen) from None
 
@@ -108,7 +108,7 @@ def _read_config(chosen: Path, may_be_missing: bool) -> DaemonConfig:
 
 def _check_directory(config: DaemonConfig) -> None:
     """Raises PolicyError when others could add policies to those of the operator."""
-    from sandboxd.policyfiles import SYSTEM_DIR, policies_dir
+    from sandboxd.policy.files import SYSTEM_DIR, policies_dir
 
     directory, key = config.policies_dir or SYSTEM_DIR, "policies_dir" if config.policies_dir is not None else None
     if directory == policies_dir():
@@ -158,14 +158,14 @@ def _audit(table: object) -> dict[str, Any] | None:
 
 def directories(config: DaemonConfig) -> list[Path]:
     """Where policies are looked for, in this order: the operator's directory, then the shipped ones."""
-    from sandboxd.policyfiles import SYSTEM_DIR, policies_dir
+    from sandboxd.policy.files import SYSTEM_DIR, policies_dir
 
     return [config.policies_dir or SYSTEM_DIR, policies_dir()]
 
 
 def find_policy(config: DaemonConfig, name: str, key: str | None = None) -> Path:
     """The file of the policy *name*. Raises PolicyError, for *key*."""
-    from sandboxd.policyfiles import find
+    from sandboxd.policy.files import find
 
     try:
         return find(name, directories(config))

@@ -36,7 +36,7 @@ class NetworkCheck:
         else:
             pipe = asyncio.subprocess.PIPE
             self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", "sandboxd.netns_check", "-", stdin=pipe, stdout=pipe, stderr=pipe
+                sys.executable, "-P", "-m", "sandboxd.kernel.netns", "-", stdin=pipe, stdout=pipe, stderr=pipe
             )
         return self
 
@@ -82,7 +82,7 @@ class NetworkCheck:
 
 
 def _checker() -> Callable[[str], list[str]]:
-    from sandboxd.netns_check import check_empty
+    from sandboxd.kernel.netns import check_empty
 
     return check_empty
 

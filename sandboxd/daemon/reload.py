@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from sandboxd._util.ownership import check_daemons_file
 from sandboxd.daemon.config import DaemonConfig, directories
-from sandboxd.daemon.policies import check_references
+from sandboxd.daemon.policy_cache import check_references
 from sandboxd.errors import PolicyError
-from sandboxd.ownership import check_daemons_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,7 @@ def plan(now: DaemonConfig, new: DaemonConfig, in_force: Mapping[str, tuple[dict
     """
     from sandboxd import seccomp
     from sandboxd.policy import load
-    from sandboxd.policyfiles import installed, policies_dir
+    from sandboxd.policy.files import installed, policies_dir
 
     places = directories(new)
     known = installed(places)

@@ -20,26 +20,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import disposal, protocol
+from sandboxd._util import disposal
 from sandboxd.daemon import journal, watchdog
 from sandboxd.daemon.config import DaemonConfig, find_policy, load_config
 from sandboxd.daemon.listening import BACKLOG, handed_over, listen
 from sandboxd.daemon.network import NetworkCheck
 from sandboxd.daemon.notify import Notifier
-from sandboxd.daemon.policies import plain_policy
+from sandboxd.daemon.policy_cache import plain_policy
 from sandboxd.daemon.reload import plan
-from sandboxd.engine import heldtime
+from sandboxd.engine import held_time
+from sandboxd.engine.cells.zygote import ZygoteLost
+from sandboxd.engine.clients.connection import Connection
 from sandboxd.engine.collecting import collect_when_idle
-from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
-from sandboxd.zygote import ZygoteLost
+from sandboxd.protocol import packets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from sandboxd.engine.cells.active_policy import Prepared
     from sandboxd.engine.config import AuditSettings
-    from sandboxd.engine.prepared import Prepared
 
 __all__ = ["Daemon", "main"]
 
@@ -288,7 +289,7 @@ class Daemon:
                 log.warning("client uid %d pid %d: turned away, %s", uid, pid, why)
             with contextlib.suppress(OSError):
                 sock.setblocking(False)
-                protocol.send(sock, {"op": "refused", "error": Busy(1.0).plain()})
+                packets.send(sock, {"op": "refused", "error": Busy(1.0).plain()})
             disposal.close_socket(sock, uid)
             return
         connection = Connection(
@@ -336,7 +337,7 @@ def main(config_path: str | Path | None, socket_path: str | Path | None) -> int:
         await Daemon(config, read, given, notifier).serve()
 
     try:
-        heldtime.run(serve)
+        held_time.run(serve)
     except SandboxError as error:
         log.error("%s", error)
         notifier.status(str(error))

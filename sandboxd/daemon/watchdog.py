@@ -11,8 +11,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Final
 
+from sandboxd.engine.cells.zygote import ZygoteLost
 from sandboxd.errors import SandboxError
-from sandboxd.zygote import ZygoteLost
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

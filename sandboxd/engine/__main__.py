@@ -1,4 +1,4 @@
-"""The engine of an embedded Sandbox: a process of its own, started by sandboxd.client.
+"""The engine of an embedded Sandbox: a process of its own, started by sandboxd.client.sandbox.
 
 Descriptors: 0 /dev/null, 1 and 2 the caller's stderr, 3 the control socket, 4 a pidfd of the caller. It serves one
 policy, which the caller chose and so may be any; it ends when the control socket does, or the caller.
@@ -16,17 +16,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import protocol
-from sandboxd.engine import heldtime
+from sandboxd._util.fdwait import readable, resolve
+from sandboxd.engine import held_time
+from sandboxd.engine.clients.connection import Connection
 from sandboxd.engine.collecting import collect_when_idle
 from sandboxd.engine.config import EngineConfig
-from sandboxd.engine.connection import Connection
 from sandboxd.engine.core import Engine
 from sandboxd.errors import ProtocolError, SandboxError, Unavailable
-from sandboxd.waiting import readable, resolve
+from sandboxd.protocol import packets
 
 if TYPE_CHECKING:
-    from sandboxd.engine.prepared import Prepared
+    from sandboxd.engine.cells.active_policy import Prepared
 
 __all__ = ["main"]
 
@@ -65,10 +65,10 @@ class Embedded:
                 raise
             if refusal is not None:
                 with contextlib.suppress(OSError):
-                    protocol.send(self._control, {"op": "refused", "error": refusal.plain()})
+                    packets.send(self._control, {"op": "refused", "error": refusal.plain()})
                 return
             collect_when_idle(lambda: self._engine is None or not self._engine.live)
-            protocol.send(self._control, {"op": "ready", "version": protocol.VERSION})
+            packets.send(self._control, {"op": "ready", "version": packets.VERSION})
             self._control.setblocking(False)
             self._loop.add_reader(self._control.fileno(), self._take)
             await self._over
@@ -98,7 +98,7 @@ class Embedded:
     async def _packet(self, operation: str) -> dict[str, Any]:
         """The next packet of the control socket, which must be *operation*. Raises ProtocolError, also at the end."""
         await readable(self._control.fileno())
-        packet = protocol.receive(self._control)
+        packet = packets.receive(self._control)
         if packet is None or packet.message.get("op") != operation:
             raise ProtocolError(f"The next packet must be {operation}.")
         packet.close()
@@ -160,7 +160,7 @@ def main() -> None:
     """Entry of the process."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="sandboxd: %(message)s")
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
-        heldtime.run(_serve)
+        held_time.run(_serve)
     # Everything is given back by now, and the caller waits for this process: the interpreter's own end takes 20 ms.
     logging.shutdown()
     os._exit(0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
-from sandboxd.engine.pool import PoolSettings
+from sandboxd.engine.cells.pool import PoolSettings
 from sandboxd.errors import PolicyError
 from sandboxd.limits import shown
 

@@ -18,31 +18,34 @@ import weakref
 from collections import Counter, deque
 from typing import TYPE_CHECKING, Any, Final
 
-from sandboxd import cgroup, ids, native
-from sandboxd.engine import heldtime, selftest
-from sandboxd.engine.clock import Clock
-from sandboxd.engine.dying import Dying
-from sandboxd.engine.heldtime import HeldTime
-from sandboxd.engine.plan import Bare
-from sandboxd.engine.prepared import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
-from sandboxd.engine.run import CellRun, Emit, LendTools
-from sandboxd.engine.share import Floor, Share
-from sandboxd.engine.slots import Slots
+from sandboxd import cgroup
+from sandboxd._util.fdwait import in_thread
+from sandboxd.engine import held_time
+from sandboxd.engine.audit.sink import trail
+from sandboxd.engine.cells import selftest
+from sandboxd.engine.cells.active_policy import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
+from sandboxd.engine.cells.reaper import Dying
+from sandboxd.engine.cells.shape import Bare
+from sandboxd.engine.cells.slots import Slots
+from sandboxd.engine.cells.zygote import ZygoteLost
+from sandboxd.engine.fair_share import Floor, Share
+from sandboxd.engine.held_time import HeldTime
+from sandboxd.engine.runs.clock import Clock
+from sandboxd.engine.runs.run import CellRun, Emit, LendTools
 from sandboxd.engine.tally import Tally
-from sandboxd.engine.trail import trail
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
-from sandboxd.interpreter import Interpreter
+from sandboxd.ids import ranges
+from sandboxd.kernel import calls
 from sandboxd.limits import LimitValue, defaults, narrow
-from sandboxd.waiting import in_thread
-from sandboxd.wire import Run, check_inputs_fit
-from sandboxd.zygote import ZygoteLost
+from sandboxd.protocol.run_header import Run, check_inputs_fit
+from sandboxd.rootfs.interpreter import Interpreter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 
-    from sandboxd.engine.answer import Answer
+    from sandboxd.engine.clients.leases import Leases
     from sandboxd.engine.config import EngineConfig
-    from sandboxd.engine.leases import Leases
+    from sandboxd.outcome.answer import Answer
 
 __all__ = ["Engine"]
 
@@ -78,8 +81,8 @@ class Engine:
         """Nearly as many descriptors are open as may be: a cell whose do not arrive costs the whole zygote."""
         self.kernel = kernel_release()
         self.instance: cgroup.Instance
-        self.ids: ids.IdBlock
-        self.slot_ids: ids.SlotIds
+        self.ids: ranges.IdBlock
+        self.slot_ids: ranges.SlotIds
         self.slots: Slots
         self.bare: Bare | None = None
         self.live: dict[str, CellRun] = {}
@@ -114,8 +117,8 @@ class Engine:
 
     def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
-        native.hide_self()
-        self.held = heldtime.of(asyncio.get_running_loop())
+        calls.hide_self()
+        self.held = held_time.of(asyncio.get_running_loop())
         # Every cell takes some thirty descriptors here; what cells may open is their own limit.
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -134,11 +137,11 @@ class Engine:
             try:
                 self.instance = undo.enter_context(cgroup.Instance.create(layout, bounds))
             except Unavailable as refusal:
-                # Whether that will do is the policy's to say: [require] cgroup (prepared.py).
+                # Whether that will do is the policy's to say: [require] cgroup (active_policy.py).
                 self.instance = undo.enter_context(cgroup.NoInstance(refusal))
             # Beside those that run: parked ones, and those that are dying.
             wanted = running + max(SPARE_SLOTS, running + 2 * self.config.pool.maximum)
-            self.ids = undo.enter_context(ids.claim(self.config.ids, slots=wanted))
+            self.ids = undo.enter_context(ranges.claim(self.config.ids, slots=wanted))
             self.slot_ids = self.ids.slots(wanted)
             if running > self.slot_ids.capacity:
                 raise Unavailable(

@@ -1,7 +1,7 @@
 """The cell's side of tool calls: the module ``tools`` that a program finds, and the channel that its calls take.
 
 Runs in the cell, as the program itself, behind every wall: what stands here is a convenience, no wall. The frames are
-those of sandboxd/toolframes.py. Who calls is known by the channel; nothing in a call says so.
+those of sandboxd/protocol/toolframes.py. Who calls is known by the channel; nothing in a call says so.
 
 Threads that wait for an answer take turns at the channel: one of them, the leader, reads for all, and hands over when
 its own answer is there. Tasks of a loop have a reader of the loop's, which reads when no thread does.

@@ -15,12 +15,12 @@ Tool calls are validated, code is contained; data flows between them through one
 
 from __future__ import annotations
 
-from sandboxd.tools.attempts import Attempts
+from sandboxd.tools.code.attempts import Attempts
+from sandboxd.tools.code.review import Review
 from sandboxd.tools.dispatcher import Dispatcher
-from sandboxd.tools.outcome import CODES, ToolError, ToolFailure, ToolResult
-from sandboxd.tools.rates import Budget
-from sandboxd.tools.review import Review
-from sandboxd.tools.tool import Tool, tool
+from sandboxd.tools.pipeline.rates import Budget
+from sandboxd.tools.pipeline.tool import Tool, tool
+from sandboxd.tools.result import CODES, ToolError, ToolFailure, ToolResult
 
 __all__ = [
     "CODES",

@@ -16,29 +16,31 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, cast
 
-from sandboxd.closing import Closing
-from sandboxd.tools import answers, checking, recording, values, vendors
-from sandboxd.tools.approval import Question
-from sandboxd.tools.outcome import Refused, ToolResult, refusal, shown
-from sandboxd.tools.rates import Bucket, Budget, Spending
-from sandboxd.tools.recording import ToolCalled
-from sandboxd.tools.run_code import RunCode
-from sandboxd.tools.running import Coroutines, Threads, aside
-from sandboxd.tools.tool import CALLERS, Tool
+from sandboxd._util.closeable import Closing
+from sandboxd.tools.code.run_code import RunCode
+from sandboxd.tools.pipeline import answers, recording
+from sandboxd.tools.pipeline.approval import Question
+from sandboxd.tools.pipeline.rates import Bucket, Budget, Spending
+from sandboxd.tools.pipeline.recording import ToolCalled
+from sandboxd.tools.pipeline.running import Coroutines, Threads, aside
+from sandboxd.tools.pipeline.tool import CALLERS, Tool
+from sandboxd.tools.result import Refused, ToolResult, refusal, shown
+from sandboxd.tools.schema import checking, values
+from sandboxd.tools.vendors import vendors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
     from types import TracebackType
 
-    from sandboxd.aio import AsyncSandbox
     from sandboxd.audit import AuditLog
-    from sandboxd.client import Sandbox
-    from sandboxd.result import Result
-    from sandboxd.tools.approval import Approve
-    from sandboxd.tools.attempts import Attempts
-    from sandboxd.tools.link import CodeRun
-    from sandboxd.tools.review import Reviewer
+    from sandboxd.client.async_sandbox import AsyncSandbox
+    from sandboxd.client.result import Result
+    from sandboxd.client.sandbox import Sandbox
+    from sandboxd.tools.code.attempts import Attempts
+    from sandboxd.tools.code.link import CodeRun
+    from sandboxd.tools.code.review import Reviewer
+    from sandboxd.tools.pipeline.approval import Approve
 
 _LOG = logging.getLogger("sandboxd.tools")
 
@@ -148,7 +150,7 @@ class Dispatcher(Closing):
 
     def stubs(self) -> str:
         """The tools that code may call, as typed stubs for a prompt."""
-        from sandboxd.tools import stubs
+        from sandboxd.tools.schema import stubs
 
         return stubs.prompt_stubs(list(self.tools.values()))
 
@@ -160,7 +162,7 @@ class Dispatcher(Closing):
         The calls go side by side. *attempts* counts runs of code. *pictures*: those that a program made are shown to
         the model. Raises ValueError for what is no message of either form.
         """
-        from sandboxd.tools import messages
+        from sandboxd.tools.vendors import messages
 
         return messages.handle(self, message, attempts, pictures)
 
@@ -168,7 +170,7 @@ class Dispatcher(Closing):
         self, message: object, *, attempts: Attempts | None = None, pictures: bool = True
     ) -> list[dict[str, Any]]:
         """``handle`` for asyncio."""
-        from sandboxd.tools import messages
+        from sandboxd.tools.vendors import messages
 
         return await messages.ahandle(self, message, attempts, pictures)
 
@@ -340,7 +342,7 @@ class Dispatcher(Closing):
 
     def _answer(self, call: _Call, tool: Tool, value: Any) -> ToolResult:
         most = tool.max_result_bytes or self._result_bytes[call.caller]
-        # More than that no answer to code can hold (sandboxd/toolframes.py).
+        # More than that no answer to code can hold (sandboxd/protocol/toolframes.py).
         return answers.of_value(tool, value, min(most, RESULT_BYTES["code"]) if call.run is not None else most)
 
     def _check_open(self) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from sandboxd import Limits, Result, Sandbox
-from sandboxd.syscalls import NUMBERS
+from sandboxd.seccomp.syscalls import NUMBERS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

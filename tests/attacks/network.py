@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sandboxd.native import landlock_abi
+from sandboxd.kernel.calls import landlock_abi
 from tests.attacks.base import Attack
 
 if TYPE_CHECKING:

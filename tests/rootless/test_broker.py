@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sandboxd.cellfiles import Broker
+from sandboxd.engine.cells.files import Broker
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.core import Engine
-from sandboxd.interpreter import Interpreter
+from sandboxd.rootfs.interpreter import Interpreter
 from tests.leftovers import eventually
 from tests.modes import ONE_ID
 from tests.patience import SLOWER
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sandboxd import Sandbox
-    from sandboxd.zygote import Zygote
+    from sandboxd.engine.cells.zygote import Zygote
 
 OWNER = 0 if ONE_ID else 1007
 ROOT = 0xFFFFFFFF
@@ -378,7 +378,7 @@ def test_a_broker_that_answers_late_is_given_up_with_its_zygote(
     fd: int, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A zygote whose cells can have no files serves nobody."""
-    monkeypatch.setattr("sandboxd.cellfiles.ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr("sandboxd.engine.cells.files.ANSWER_SECONDS", 1.0)
 
     async def main() -> bool:
         async with nursery() as zygote:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd import Limits, Sandbox, Unavailable, ids, policy, userids
+from sandboxd import Limits, Sandbox, Unavailable, policy
+from sandboxd.ids import ranges, rootless
 from tests.leftovers import eventually
 from tests.modes import HAS_CGROUP, MODE, ONE_ID, policy_of
 from tests.promptness import prompt
@@ -82,10 +83,10 @@ def test_receipt_says_what_was_in_force(sandbox: Sandbox) -> None:
         assert ("cgroup: " in missing) is not HAS_CGROUP or HAS_CGROUP
         assert (result.usage.memory_peak_bytes is None) is not HAS_CGROUP
         if not ONE_ID:
-            granted = ids.intersect(*ids.subordinate_ranges())
+            granted = ranges.intersect(*ranges.subordinate_ranges())
             assert any(area.base <= isolation.uid < area.end for area in granted)
             guest = int(result.stdout.split()[0])
-            assert guest >= ids.FIRST_CELL_ID
+            assert guest >= ranges.FIRST_CELL_ID
 
 
 def demanding(**require: object) -> Policy:
@@ -164,7 +165,7 @@ def test_engines_of_one_user_never_share_an_id() -> None:
 
 def places_of(directories: list[Path]) -> list[str]:
     names = [str(one) for one in directories]
-    return [os.readlink(f"/proc/self/fd/{fd}") for fd in userids.lock_directories(names)]
+    return [os.readlink(f"/proc/self/fd/{fd}") for fd in rootless.lock_directories(names)]
 
 
 def test_only_directories_of_this_user_alone_hold_locks(tmp_path: Path) -> None:
@@ -183,32 +184,32 @@ def test_a_claim_holds_in_every_place_that_two_engines_share(tmp_path: Path) -> 
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     for one in (first, second, third):
         one.mkdir(mode=0o700)
-    with userids.claim(None, slots=100) as small, userids.claim(None, slots=2000) as large:
-        assert (small.count, large.count) == (ids.MIN_BLOCK, ids.EXPLICIT_BLOCK)
+    with rootless.claim(None, slots=100) as small, rootless.claim(None, slots=2000) as large:
+        assert (small.count, large.count) == (ranges.MIN_BLOCK, ranges.EXPLICIT_BLOCK)
         assert not small.base <= large.base < small.base + small.count
-    config = f"{ids.intersect(*ids.subordinate_ranges())[0].base}:8192"
-    with userids.claim(config, places=[str(first), str(second)]) as held:
-        assert held.helpers is not userids.privileges()[0]
+    config = f"{ranges.intersect(*ranges.subordinate_ranges())[0].base}:8192"
+    with rootless.claim(config, places=[str(first), str(second)]) as held:
+        assert held.helpers is not rootless.privileges()[0]
         with pytest.raises(Unavailable, match="held by a running engine"):
-            userids.claim(config, places=[str(second), str(third)])
+            rootless.claim(config, places=[str(second), str(third)])
         # What could be locked before that was given back.
-        with userids.claim(config, places=[str(third)]):
+        with rootless.claim(config, places=[str(third)]):
             pass
-    with userids.claim(config, places=[str(second), str(third)]):
+    with rootless.claim(config, places=[str(second), str(third)]):
         pass
 
 
 @pytest.mark.only(not ONE_ID)
 def test_without_a_place_for_locks_there_is_no_claim(tmp_path: Path) -> None:
     with pytest.raises(Unavailable) as caught:
-        userids.claim(None, places=[str(tmp_path / "missing")])
+        rootless.claim(None, places=[str(tmp_path / "missing")])
     assert "linger" in caught.value.fix
 
 
 @pytest.mark.only(not ONE_ID)
 def test_a_configured_range_must_be_granted() -> None:
     with pytest.raises(Unavailable) as caught:
-        userids.claim("1900000000:65536")
+        rootless.claim("1900000000:65536")
     assert "usermod" in caught.value.fix
 
 
@@ -236,9 +237,9 @@ def test_nothing_of_a_killed_engine_lives_on_and_the_next_one_starts() -> None:
         result = engine.run("import os; print(os.getuid())")
         assert result.isolation is not None
         base = result.isolation.uid - int(result.stdout)
-        assert "broker" in processes_of(base, base + ids.MIN_BLOCK)
+        assert "broker" in processes_of(base, base + ranges.MIN_BLOCK)
         os.kill(engine._engine.pid, signal.SIGKILL)  # type: ignore[union-attr]
-        eventually(lambda: not processes_of(base, base + ids.MIN_BLOCK), 10, "processes of a dead engine are there")
+        eventually(lambda: not processes_of(base, base + ranges.MIN_BLOCK), 10, "processes of a dead engine are there")
     finally:
         engine.close()
     with Sandbox(policy_of()) as after:

@@ -1,0 +1,1 @@
+"""The caller's side: ``Sandbox``, ``AsyncSandbox``, their connections, and the engine process of an embedded one."""

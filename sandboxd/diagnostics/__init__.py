@@ -1,0 +1,1 @@
+"""What this host can enforce: ``sandboxd doctor`` and the probe that it runs."""

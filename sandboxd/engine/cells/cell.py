@@ -1,0 +1,549 @@
+"""One cell, from its slot to its death. Whose program it will run is not known before the last moment.
+
+Theory of operation (the processes: sandboxd/engine/cells/zygote.py; the states: state.py)
+
+    take a slot: host uid and cgroup leaf, limits written
+    nursery: init with its namespaces, tmpfs, streams, channel; zygote: the cell, forked into them; it raises its walls
+    the cell says so (its first packet, written by C before any library runs): SEALED; its keeper, the pool, is told
+    left alone, it rehearses, so that the pages which a program touches are its own, and says "P": parked
+    a run takes it: inputs and source are written, the program's arguments go down the channel: RUNNING
+    its end, for whatever reason: SIGKILL to the init; the zygote and the nursery say when nothing of it lives
+    the slot goes back once it is dead and its run has let go of it
+
+What comes from a cell after GO is hostile. Before that only our own code runs in it, and anything that is not expected
+ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import select
+import signal
+import socket
+import struct
+import time
+from typing import TYPE_CHECKING, Final, Protocol
+
+from sandboxd._native import lib
+from sandboxd._util import disposal
+from sandboxd.engine.cells import workspace
+from sandboxd.engine.cells.state import Event, Life, State
+from sandboxd.errors import Unavailable
+from sandboxd.ids.ranges import ZYGOTE_ID
+from sandboxd.kernel import calls
+from sandboxd.kernel.stages import unavailable
+from sandboxd.protocol import channel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sandboxd.cgroup import Leaf
+    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.shape import Shape
+    from sandboxd.engine.cells.slots import Slot
+    from sandboxd.engine.cells.zygote import CellFds
+    from sandboxd.engine.core import Engine
+
+__all__ = ["Cell", "Keeper", "Rider"]
+
+log = logging.getLogger("sandboxd.engine")
+
+HELLO: Final = struct.Struct("=4sIiI")
+HELLO_SECONDS: Final = 10.0
+LAST_PACKETS: Final = 1024
+"""Of a dead cell's, before its finished frame: far more than a program has under way, and read in some ms."""
+SOURCE_NAME: Final = "main.py"
+SPARE_DESCRIPTORS: Final = 256
+_PARKED: Final = b"P"
+# Room that is there already: a fresh 256 KiB would be mapped and unmapped for each packet.
+_room: Final = bytearray(channel.FRAME_BYTES)
+
+
+class Keeper(Protocol):
+    """Who had a cell made and holds it until a run takes it."""
+
+    def sealed(self, cell: Cell) -> None:
+        """Every wall is up: it can be taken."""
+
+    def parked(self, cell: Cell) -> None:
+        """It has rehearsed and is asleep."""
+
+    def failed(self, cell: Cell, why: Unavailable | None) -> None:
+        """It ended before a run took it; None: the zygote was lost."""
+
+    def gone(self, cell: Cell) -> None:
+        """Its slot was given back."""
+
+
+class Rider(Protocol):
+    """The run that has a cell. Told in the engine's loop."""
+
+    def spoke(self, data: bytes) -> None:
+        """A packet of the program's, or b"" at the end of the channel."""
+
+    def wrote(self, number: int) -> None:
+        """Stream 1 or 2 can be read, or is at its end."""
+
+    def ran_out(self) -> None:
+        """There may have been an OOM kill."""
+
+    def rang(self) -> None:
+        """Its alarm rang, if it has one."""
+
+    def exited(self) -> None:
+        """The program's process ended; ``wait`` says how."""
+
+    def lost(self) -> None:
+        """The zygote is gone, and the cell with it."""
+
+
+class Cell:
+    """Made by ``make``; then its keeper's until ``ride``, then its run's until ``let_go``."""
+
+    __slots__ = (
+        "_engine",
+        "_keeper",
+        "_loop",
+        "_poll",
+        "_refused",
+        "_rider",
+        "_source",
+        "_watched",
+        "alarm",
+        "channel",
+        "ended_at",
+        "fds",
+        "is_parked",
+        "life",
+        "made_at",
+        "mourners",
+        "prepared",
+        "shape",
+        "slot",
+        "wait",
+    )
+
+    def __init__(self, engine: Engine, prepared: Prepared, shape: Shape, keeper: Keeper) -> None:
+        self._engine = engine
+        self._keeper: Keeper = keeper
+        self._loop = asyncio.get_running_loop()
+        self._rider: Rider | None = None
+        self._refused: Unavailable | None = None
+        self._source = self.alarm = -1
+        self._watched: dict[int, int] = {}
+        self._poll: select.epoll | None = None
+        self.prepared = prepared
+        self.shape = shape
+        self.life = Life()
+        self.slot: Slot | None = None
+        self.fds: CellFds | None = None
+        self.channel: socket.socket | None = None
+        self.is_parked = False
+        self.made_at = self.ended_at = 0.0
+        self.wait: tuple[int, int] | None = None
+        self.mourners: list[asyncio.Future[None]] = []
+
+    # Making
+
+    def make(self, hurry: bool) -> None:
+        """Ask for it; in a *hurry* it does not rehearse. Its keeper hears the rest. Raises Unavailable, ZygoteLost;
+        nothing is left then.
+        """
+        engine = self._engine
+        if engine.crowded:
+            what = f"{engine.descriptors - SPARE_DESCRIPTORS} descriptors are open, and {engine.descriptors} may be"
+            raise Unavailable("cell", errno.EMFILE, "raise the limit of open files, or lower max_running", what)
+        try:
+            slot = engine.slots.take()
+            try:
+                slot.leaf.set_limits(self.shape.leaf)
+            except BaseException:
+                engine.slots.give_back(slot)
+                raise
+        except IndexError:
+            fix = "start the engine again; its log says which processes would not die"
+            raise Unavailable("slots", None, fix, "every slot is lost to processes that would not die") from None
+        except OSError as error:
+            fix = "the engine must own its cgroup subtree; sandboxd doctor says what is missing"
+            raise Unavailable("cgroup", error.errno, fix, str(error)) from error
+        self.slot = slot
+        self.made_at = time.monotonic()
+        try:
+            guest = engine.slot_ids.guest_uid(slot.index)
+            self.prepared.zygote.make(self, self.shape.plan, slot.index, guest, slot.entry, hurry)
+        except BaseException:
+            self.slot = None
+            engine.slots.give_back(slot)
+            raise
+
+    def made(self, fds: CellFds) -> None:
+        """As ``zygote.Hears``."""
+        self.fds = fds
+        self._engine.crowded = fds.channel > self._engine.descriptors - SPARE_DESCRIPTORS  # the lowest free numbers
+        if self.life.on(Event.MADE) is State.ENDING:
+            self._kill()
+            return
+        try:
+            self.channel = socket.socket(fileno=fds.channel)
+            channel.refuse_descriptors(self.channel)
+            poll = self._poll = select.epoll()
+            self._watch(fds.channel, 0)
+            self._source = workspace.make_source(self.prepared.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
+            self._loop.add_reader(poll.fileno(), self._ready)
+        except OSError as error:
+            self._fail(Unavailable("cell", error.errno, "raise the limit of open files", str(error)))
+
+    def not_made(self, refusal: Unavailable) -> None:
+        """As ``zygote.Hears``."""
+        self._refused = self._refused or refusal
+        wanted = self.life.state is State.MAKING
+        self.life.on(Event.FAILED if wanted else Event.DEAD)
+        if wanted:
+            self._keeper.failed(self, refusal)
+        self._bury()
+
+    def not_forked(self, refusal: Unavailable) -> None:
+        """As ``zygote.Hears``."""
+        self._fail(refusal)
+
+    def _fail(self, why: Unavailable) -> None:
+        """A cell that cannot be used: its keeper is told, or its run."""
+        if self.life.state is State.ENDING:
+            return
+        self._refused = why
+        rider = self._rider
+        if rider is None:
+            self.end(Event.FAILED)
+            self._keeper.failed(self, why)
+        else:
+            rider.exited()
+
+    def _watch(self, fd: int, what: int) -> None:
+        if self._poll is not None:
+            self._poll.register(fd, select.EPOLLIN)
+        self._watched[fd] = what
+
+    def _unwatch(self, fd: int) -> None:
+        if self._watched.pop(fd, None) is not None and self._poll is not None:
+            self._poll.unregister(fd)
+
+    # Waiting for a program
+
+    @property
+    def _account(self) -> object:
+        """Of what it sends, for ``disposal``."""
+        return ("cell", self.slot.index) if self.slot is not None else None
+
+    @property
+    def leaf(self) -> Leaf:
+        """The cgroup leaf; only while it has a slot."""
+        assert self.slot is not None  # noqa: S101
+        return self.slot.leaf
+
+    def discard(self) -> None:
+        """Nobody will use it."""
+        if self.life.state not in (State.ENDING, State.COLLECTING, State.GONE):
+            self.end(Event.DISCARDED)
+
+    def check_late(self, now: float) -> None:
+        """One that has not said in time that its walls are up is ended."""
+        if self.life.state in (State.MAKING, State.SEALING) and now - self.made_at > HELLO_SECONDS:
+            self._fail(
+                Unavailable("cell", None, "look at the engine's log", "the new cell did not say that its walls are up")
+            )
+
+    def ride(self, rider: Rider) -> None:
+        """*rider* has it now, and hears what comes of it. The program starts with ``go``."""
+        self._rider = rider
+        if not self.is_parked:
+            self.leaf.begin()
+
+    @property
+    def source_fd(self) -> int:
+        """The program's file, to be written once."""
+        return self._source
+
+    def put_source(self, source: bytes, name: str) -> None:
+        """Write the program's text where the cell reads it. Raises OSError."""
+        assert self.fds is not None  # noqa: S101
+        view = memoryview(source)
+        while len(view):
+            view = view[os.write(self._source, view) :]
+        if name != SOURCE_NAME:
+            self.prepared.zygote.files.rename(self.fds.code, SOURCE_NAME, name, ZYGOTE_ID)
+
+    def go(self, with_streams: bool) -> None:
+        """From now on it is the program's. Without *with_streams* its output is watched by somebody else."""
+        assert self.fds is not None  # noqa: S101
+        self.life.on(Event.GO)
+        if with_streams:
+            self._watch(self.fds.stdout, 1)
+            self._watch(self.fds.stderr, 2)
+        self._watch(self.leaf.oom_fd, 3)
+        if self._engine.slots.many and self.slot is not None:
+            self.slot.doze()
+            os.close(self._source)
+            self._source = -1
+            self.fds.close("code")
+
+    def watch_alarm(self, alarm: int) -> None:
+        """Tell the rider when *alarm* rings; it is the cell's to close."""
+        self.alarm = alarm
+        self._watch(alarm, 4)
+
+    # What comes from it
+
+    def _ready(self) -> None:
+        assert self._poll is not None  # noqa: S101
+        for fd, _ in self._poll.poll(0, 5):
+            what = self._watched.get(fd)
+            if what == 0:
+                self._speaks()
+            elif self._rider is not None and what is not None:
+                if what == 3:
+                    self._rider.ran_out()
+                elif what == 4:
+                    self._unwatch(fd)
+                    self._rider.rang()
+                else:
+                    self._rider.wrote(what)
+
+    def watch_stream(self, number: int, on: bool) -> None:
+        """Tell the rider when stream *number* can be read, or do not."""
+        assert self.fds is not None  # noqa: S101
+        fd = self.fds.stdout if number == 1 else self.fds.stderr
+        if on and self._poll is not None and fd not in self._watched:
+            self._watch(fd, number)
+        elif not on:
+            self._unwatch(fd)
+
+    def last_packets(self) -> Iterator[bytes]:
+        """What it said that nobody has read, LAST_PACKETS at most: it is dead."""
+        for _ in range(LAST_PACKETS):
+            if self.channel is None:
+                return
+            try:
+                data = channel.receive(self.channel, _room, self._account)
+            except (OSError, channel.Descriptors):
+                return
+            if not data:
+                return
+            yield data
+
+    def be_deaf(self) -> None:
+        """Read no more of its packets: the program could keep the engine busy with them."""
+        if self.channel is not None:
+            self._unwatch(self.channel.fileno())
+
+    def hear(self, on: bool) -> None:
+        """Read its packets, or do not for the moment."""
+        if self.channel is None or (self.channel.fileno() in self._watched) is on:
+            return
+        if on:
+            self._watch(self.channel.fileno(), 0)
+        else:
+            self._unwatch(self.channel.fileno())
+
+    def hear_again(self) -> None:
+        """Whoever read the channel and the streams does so no more."""
+        assert self.fds is not None  # noqa: S101
+        self._watch(self.fds.channel, 0)
+        self._watch(self.fds.stdout, 1)
+        self._watch(self.fds.stderr, 2)
+
+    def _speaks(self) -> None:
+        assert self.channel is not None  # noqa: S101
+        try:
+            data = channel.receive(self.channel, _room, self._account)
+        except BlockingIOError:
+            return
+        except channel.Descriptors:
+            log.info("a program sent descriptors over its channel, and is heard no more")
+            data = b""
+        except OSError:
+            data = b""
+        self._engine.held.did(len(data))
+        if not data:
+            self._unwatch(self.channel.fileno())
+        state = self.life.state
+        if self._rider is not None and state is not State.SEALED:
+            self._rider.spoke(data)
+        elif not data:
+            return  # its end is told by who reaps it
+        elif state is State.SEALING:
+            self._hello(data)
+        elif state is State.SEALED and data == _PARKED and not self.is_parked:
+            if self._rider is None:
+                self.leaf.begin()
+                self.is_parked = True
+                self._keeper.parked(self)
+        elif state is State.SEALED:
+            self._fail(Unavailable("cell", None, "look at the engine's log", "a parked cell said what it should not"))
+
+    def _hello(self, data: bytes) -> None:
+        if len(data) != HELLO.size or data[:4] != b"SBXC":
+            what = "the new cell's first packet is not its own"
+            self._fail(Unavailable("cell", None, "reinstall sandboxd", what))
+            return
+        _, stage, number, _ = HELLO.unpack(data)
+        if stage:
+            self._fail(unavailable(stage, number))
+            return
+        self.life.on(Event.WALLS_UP)
+        self._keeper.sealed(self)
+
+    # The end
+
+    def end(self, event: Event) -> None:
+        """*event* ends it: SIGKILL to the init, and so to everything of the cell."""
+        before = self.life.state
+        if self.life.on(event) is not State.ENDING or before is State.ENDING:
+            return
+        self.ended_at = time.monotonic()
+        self._engine.dying.add(self)
+        self._kill()
+        self._thaw()
+        # What it said or wrote is read when it is dead. Its ends hang up before that, and would keep the loop busy.
+        self._look_away()
+
+    def _kill(self) -> None:
+        if self.fds is not None and self.fds.init >= 0:
+            try:
+                calls.pidfd_kill(self.fds.init, signal.SIGKILL)
+            except OSError as error:
+                log.error("the kill of a cell was refused: %s", error)
+
+    def _thaw(self) -> None:
+        """What is frozen on v1 does not die; killed, it does not go on either."""
+        if self.slot is not None:
+            try:
+                self.slot.leaf.thaw()
+            except OSError as error:
+                log.error("a dying cell cannot be thawed: %s", error)
+
+    def exited(self, code: int, status: int) -> None:
+        """As ``zygote.Hears``."""
+        self.wait = (code, status)
+        # Its children may live, and send for as long as they do: first the kill. What it said is read when it is dead.
+        if self._rider is not None:
+            self._rider.exited()
+            return
+        if self.life.state is State.SEALING and self.channel is not None:
+            self._speaks()  # no program has been in it: which step was refused, if it could say so
+        if self.life.state in (State.SEALING, State.SEALED):
+            when = "before its walls were up" if self.life.state is State.SEALING else "while nobody had it"
+            self._fail(Unavailable("cell", None, "look at the engine's log", f"the new cell ended {when}"))
+
+    def dead(self) -> None:
+        """As ``zygote.Hears``."""
+        if self.life.state is not State.ENDING:
+            self.end(Event.EXITED)
+        self.life.on(Event.DEAD)
+        self._bury()
+
+    def lost(self) -> None:
+        """As ``zygote.Hears``."""
+        if self.life.state in (State.COLLECTING, State.GONE):
+            return
+        self.life.on(Event.LOST)
+        if self._rider is not None:
+            self._rider.lost()
+        elif self._refused is None:
+            self._keeper.failed(self, None)
+        self._bury()
+
+    def _bury(self) -> None:
+        """Nothing of it lives."""
+        self._engine.dying.discard(self)
+        self._look_away()
+        mourners, self.mourners = self.mourners, []
+        for one in mourners:
+            if not one.done():
+                one.set_result(None)
+        if self._rider is None and self.life.state is State.COLLECTING:
+            self._give_back()
+
+    def _look_away(self) -> None:
+        if self._poll is not None:
+            self._loop.remove_reader(self._poll.fileno())
+            self._poll.close()
+            self._poll = None
+
+    async def death(self) -> None:
+        """Until nothing of it lives, or it was given up."""
+        if self.life.state in (State.COLLECTING, State.GONE):
+            return
+        future = self._loop.create_future()
+        self.mourners.append(future)
+        await future
+
+    def let_go(self) -> None:
+        """The run needs it no more. It must have been ended."""
+        self._rider = None
+        if self.life.state is State.COLLECTING:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        """Close what is left and give the slot back. Descriptors first: they pin the file systems and their memory,
+        and so much of it that freeing it takes its time is freed by another thread.
+        """
+        self.life.on(Event.LET_GO)
+        slow = self._is_slow_to_close()
+        fds = self._take_fds()
+        if slow:
+            closing = self._loop.run_in_executor(None, lib.sbx_close_all, fds, len(fds))
+            closing.add_done_callback(self._closed)
+        else:
+            lib.sbx_close_all(fds, len(fds))
+            self._closed()
+
+    def _closed(self, _: object = None) -> None:
+        self._engine.crowded = False
+        slot, self.slot = self.slot, None
+        if slot is not None:
+            self._engine.slots.give_back(slot)
+        self._keeper.gone(self)
+
+    def _is_slow_to_close(self) -> bool:
+        try:
+            return self.fds is not None and workspace.is_large(self.fds)
+        except OSError:
+            return False  # not there any more
+
+    def _take_fds(self) -> list[int]:
+        """Every descriptor that is open, now the caller's to close."""
+        fds = [self._source, self.alarm]
+        self._source = self.alarm = -1
+        if self.fds is not None:
+            fds += self.fds.take()
+        end, self.channel = self.channel, None
+        if end is not None:
+            fds.remove(end.fileno())
+            if channel.may_carry_descriptors():
+                disposal.close_socket(end, self._account)
+            else:
+                end.close()
+        return [fd for fd in fds if fd >= 0]
+
+    def watch_dying(self, now: float) -> bool:
+        """Killed tasks run their own end, under the CPU quota of their leaf: when that takes long, it is lifted."""
+        if self.slot is not None and now - self.ended_at > 0.02:
+            try:
+                self.slot.leaf.unthrottle()
+            except OSError as error:
+                log.debug("a dying cell's quota cannot be lifted: %s", error)
+        return now - self.ended_at > 10.0
+
+    def abandon(self) -> None:
+        """It would not die: its slot is not used again, and nobody waits any more."""
+        log.error("processes of a cell are still there after 10 s; its slot is not used again")
+        if self.slot is not None:
+            self._engine.slots.abandon(self.slot)
+            self.slot = None
+        mourners, self.mourners = self.mourners, []
+        for one in mourners:
+            if not one.done():
+                one.set_result(None)

@@ -1,0 +1,1 @@
+"""One run in a cell: its input, clocks, streams, tool calls and answer."""

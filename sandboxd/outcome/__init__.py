@@ -1,0 +1,1 @@
+"""How a run ended, from evidence alone. Pure: the engine and the client judge with the same functions."""

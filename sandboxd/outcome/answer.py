@@ -1,0 +1,120 @@
+"""The answer to a run: evidence, output and files as the Result's header and payload."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from sandboxd.outcome.judge import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sandboxd.cgroup import Counters
+    from sandboxd.engine.cells.workspace import Collected
+    from sandboxd.outcome.collector import Collector
+    from sandboxd.outcome.judge import Evidence
+
+__all__ = ["Answer", "answer", "is_unremarkable", "plainly"]
+
+Answer = tuple[dict[str, Any], list[bytes], "Collected"]
+"""The header of ``Result.from_wire``, stdout and stderr, and the files, whose memfd is the holder's."""
+
+
+def answer(
+    identity: str,
+    evidence: Evidence,
+    outputs: tuple[Collector, Collector],
+    collected: Collected,
+    seconds: tuple[float, float, float],
+    warm: bool,
+    isolation: dict[str, Any] | None,
+    waited: float = 0.0,
+) -> Answer:
+    """What *evidence* comes to. *seconds*: queued, set-up, run; for *waited* of the last the wall clock stood still."""
+    out, out_dropped = outputs[0].kept()
+    err, err_dropped = outputs[1].kept()
+    dropped = out_dropped + err_dropped
+    outcome = judge(dataclasses.replace(evidence, dropped_bytes=dropped) if dropped else evidence)
+    counters = evidence.counters
+    at = len(out) + len(err)
+    queued, setup, run = seconds
+    header = {
+        "id": identity,
+        "status": outcome.status,
+        "exit_code": outcome.exit_code,
+        "signal": outcome.signal,
+        "stdout": [0, len(out)],
+        "stderr": [len(out), len(err)],
+        "stdout_dropped_bytes": out_dropped,
+        "stderr_dropped_bytes": err_dropped,
+        "error": outcome.error,
+        "results": outcome.results,
+        "files": [{"path": path, "size_bytes": size, "offset": at + off} for path, size, off in collected.files],
+        "files_skipped": collected.skipped,
+        "limits_hit": outcome.limits_hit,
+        "usage": {
+            "wall_seconds": max(0.0, run - waited),
+            "cpu_user_seconds": counters.cpu_user_usec / 1e6 if counters else 0.0,
+            "cpu_system_seconds": counters.cpu_system_usec / 1e6 if counters else 0.0,
+            "memory_peak_bytes": counters.memory_peak_bytes if counters else None,
+            "pids_peak": counters.pids_peak if counters else None,
+            "throttled_seconds": counters.throttled_usec / 1e6 if counters else None,
+        },
+        "timings": {
+            "queued_seconds": queued,
+            "setup_seconds": setup,
+            "run_seconds": run,
+            "tool_wait_seconds": waited,
+        },
+        "warm": warm,
+        "isolation": isolation,
+        "state": None,
+    }
+    return header, [out, err], collected
+
+
+def is_unremarkable(counters: Counters) -> bool:
+    """Whether no limit was met, by the leaf's word."""
+    return not (counters.oom_kills or counters.memory_limit_hits or counters.pids_limit_hits or counters.throttled_usec)
+
+
+def plainly(
+    identity: str,
+    results: list[dict[str, Any]],
+    counters: Counters,
+    outputs: Sequence[bytes],
+    seconds: tuple[float, float, float],
+) -> dict[str, Any]:
+    """The header of ``answer`` for the commonest end of all: exit status 0, nothing dropped, no limit met, no files. A
+    test compares the two.
+    """
+    queued, setup, run = seconds
+    out, err = len(outputs[0]), len(outputs[1])
+    return {
+        "id": identity,
+        "status": "ok",
+        "exit_code": 0,
+        "signal": None,
+        "stdout": [0, out],
+        "stderr": [out, err],
+        "stdout_dropped_bytes": 0,
+        "stderr_dropped_bytes": 0,
+        "error": None,
+        "results": results,
+        "files": [],
+        "files_skipped": 0,
+        "limits_hit": [],
+        "usage": {
+            "wall_seconds": run,
+            "cpu_user_seconds": counters.cpu_user_usec / 1e6,
+            "cpu_system_seconds": counters.cpu_system_usec / 1e6,
+            "memory_peak_bytes": counters.memory_peak_bytes,
+            "pids_peak": counters.pids_peak,
+            "throttled_seconds": counters.throttled_usec / 1e6,
+        },
+        "timings": {"queued_seconds": queued, "setup_seconds": setup, "run_seconds": run, "tool_wait_seconds": 0.0},
+        "warm": True,
+        "isolation": None,
+        "state": None,
+    }

@@ -1,0 +1,1 @@
+"""The bytes between a client and an engine: packets, the header of a run, frames of tool calls."""

@@ -1,0 +1,1 @@
+"""The way of one call: rates, approval, running, the answer, the record."""

@@ -1,0 +1,1 @@
+"""The forms that Anthropic, OpenAI and MCP give to tools, calls and results."""
