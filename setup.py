@@ -64,7 +64,7 @@ class BuildNative(build_ext):
             return
 
         flags = [*sources.COMPILE, *(sources.SANITIZE if SANITIZE else sources.HARDEN), relocatable]
-        ours = [name for name in ext.sources if Path(name).parent == sources.NATIVE]
+        ours = [name for name in ext.sources if sources.NATIVE in Path(name).parents]
         objects = self.compiler.compile(
             ours,
             # A directory for each extension: they share sources, not macros.
@@ -95,7 +95,7 @@ def inside(name: str, files: tuple[str, ...]) -> Extension:
     return Extension(
         f"sandboxd.inside.{name}",
         sources=sources.paths(files),
-        include_dirs=[str(sources.NATIVE)],
+        include_dirs=[str(sources.INCLUDE)],
         depends=sources.headers(),
         define_macros=[("_GNU_SOURCE", "1"), *([("Py_LIMITED_API", sources.LIMITED_API)] if LIMITED else [])],
         py_limited_api=LIMITED,
@@ -105,7 +105,7 @@ def inside(name: str, files: tuple[str, ...]) -> Extension:
 nursery = Program(
     "sandboxd.inside.nursery",
     sources=sources.paths(sources.NURSERY),
-    include_dirs=[str(sources.NATIVE)],
+    include_dirs=[str(sources.INCLUDE)],
     depends=sources.headers(),
     define_macros=[("_GNU_SOURCE", "1")],
 )

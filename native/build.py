@@ -26,7 +26,7 @@ def make_ffi() -> FFI:
         "sandboxd._native",
         '#include "spawn.h"\n',
         sources=sources.paths(sources.ENGINE),
-        include_dirs=[str(sources.NATIVE)],
+        include_dirs=[str(sources.INCLUDE)],
         depends=sources.headers(),
         define_macros=[("_GNU_SOURCE", "1"), *([("Py_LIMITED_API", sources.LIMITED_API)] if limited else [])],
         py_limited_api=limited,

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 NATIVE = Path("native")  # relative to the top of the tree, where every build runs
+INCLUDE = NATIVE / "include"
 
 # Used by the engine, by the zygote and by the nursery: raw system calls only, no libc, no Python.
-SHARED = ("fd.c", "mount.c", "ids.c", "landlock.c", "seccomp.c")
+SHARED = ("lib/fd.c", "lib/mount.c", "lib/ids.c", "lib/landlock.c", "lib/seccomp.c")
 
-ENGINE = (*SHARED, "spawn.c", "numbers.c", "direct.c")  # sandboxd._native, with cffi's glue
-CELL = (*SHARED, "cell.c")  # sandboxd.inside._cell
-IMAGE = ("fd.c", "image.c")  # sandboxd.inside._image
-NURSERY = (*SHARED, "broker.c", "nursery.c")  # sandboxd/inside/nursery
+ENGINE = (*SHARED, "engine/spawn.c", "engine/numbers.c", "engine/direct.c")  # sandboxd._native, with cffi's glue
+CELL = (*SHARED, "inside/cell.c")  # sandboxd.inside._cell
+IMAGE = ("lib/fd.c", "inside/image.c")  # sandboxd.inside._image
+NURSERY = (*SHARED, "inside/broker.c", "inside/nursery.c")  # sandboxd/inside/nursery
 
 LIMITED_API = "0x030b0000"  # CPython 3.11: the oldest that may load the extensions
 
@@ -74,10 +75,10 @@ def paths(names: tuple[str, ...]) -> list[str]:
 
 def headers() -> list[str]:
     """Every header, as paths from the top of the tree."""
-    return sorted(str(path) for path in NATIVE.glob("*.h"))
+    return sorted(str(path) for path in INCLUDE.glob("*.h"))
 
 
 def declarations() -> list[Path]:
     """The cdef files: in the order of ENGINE, then those that belong to no source, by name."""
     order = {Path(name).stem: index for index, name in enumerate(ENGINE)}
-    return sorted(NATIVE.glob("*.cdef"), key=lambda path: (order.get(path.stem, len(order)), path.name))
+    return sorted(NATIVE.rglob("*.cdef"), key=lambda path: (order.get(path.stem, len(order)), path.name))

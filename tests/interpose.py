@@ -43,7 +43,7 @@ _CONTINUE: Final = 1
 _LISTENER: Final = 1 << 3  # SECCOMP_FILTER_FLAG_NEW_LISTENER
 _SECCOMP: Final = 317
 _X86_64: Final = 0xC000003E
-ZYGOTE_PID: Final = 30011  # native/nursery.c
+ZYGOTE_PID: Final = 30011  # native/inside/nursery.c
 
 Role = Literal["worker", "engine", "nursery", "zygote", "init", "cell"]
 Kind = Literal["refuse", "lie", "kill"]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.sanitize
 
-HEADER = Path(__file__).resolve().parent.parent / "native" / "sandboxd.h"
+HEADER = Path(__file__).resolve().parent.parent / "native" / "include" / "sandboxd.h"
 
 
 def test_open_beneath_stays_beneath(tmp_path: Path) -> None:

@@ -307,7 +307,7 @@ def test_layers_that_do_something_else_together_are_never_returned(monkeypatch: 
 def functions() -> dict[str, str]:
     """Name and body of each function that the cell's object is made of, and of the table of its steps."""
     found: dict[str, str] = {}
-    for name in ("fd.c", "ids.c", "landlock.c", "seccomp.c", "cell.c"):
+    for name in ("lib/fd.c", "lib/ids.c", "lib/landlock.c", "lib/seccomp.c", "inside/cell.c"):
         text = (NATIVE / name).read_text()
         found |= dict(re.findall(r"^(\w+)\([^;]*?\)\n\{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL))
         found |= dict(re.findall(r"^\} (\w+)\[\] = \{\n(.*?)^\};", text, re.MULTILINE | re.DOTALL))
@@ -338,7 +338,7 @@ def test_every_call_of_the_spawn_path_is_in_the_list(spawn_path: str) -> None:
 
 
 def test_every_prctl_of_the_spawn_path_is_in_the_list(spawn_path: str) -> None:
-    value = dict(re.findall(r"#define SBX_(PR_\w+) (\d+)", (NATIVE / "syscall.h").read_text()))
+    value = dict(re.findall(r"#define SBX_(PR_\w+) (\d+)", (NATIVE / "include" / "syscall.h").read_text()))
     options = re.findall(r"SBX_NR_prctl, SBX_(PR_\w+)(?:, SBX_(PR_\w+))?", spawn_path)
     assert len(options) == spawn_path.count("SBX_NR_prctl")
     for option, more in options:

@@ -5,7 +5,7 @@ wake-ups instead of four. Whatever is not a program that ended at once, by its o
 handed back to the engine in the middle, which carries it on: the answer then comes as any other.
 
 This is the shortest way through the library, and much of it is cold when a request comes after a pause. So it does
-little, and what belongs together is one call of C (native/direct.c).
+little, and what belongs together is one call of C (native/engine/direct.c).
 """
 
 from __future__ import annotations

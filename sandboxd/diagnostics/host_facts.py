@@ -291,8 +291,8 @@ def audit_enabled() -> bool:
 
 
 def _audit() -> Fact:
-    """Landlock is told to keep a cell's denials to itself (native/landlock.c). The filter's kills cannot be: without
-    audit the kernel logs them all the same, though at a bounded rate (audit_seccomp in kernel/auditsc.c).
+    """Landlock is told to keep a cell's denials to itself (native/lib/landlock.c). The filter's kills cannot be:
+    without audit the kernel logs them all the same, though at a bounded rate (audit_seccomp in kernel/auditsc.c).
     """
     try:
         enabled = audit_enabled()

@@ -10,8 +10,8 @@ children that no cell ever comes from: the list of fonts, and what the warm-up t
 
 What a cell costs is the memory of this process: page tables to copy, pages to copy when they are written. So small
 objects are gathered in one place while libraries are imported, the whole is moved into a sealed memfd afterwards
-(native/image.c), and libraries' at-fork hooks, which would run in each cell, are kept from the interpreter. What cells
-would share and could write to is made private, or ends the start (inherited.py).
+(native/inside/image.c), and libraries' at-fork hooks, which would run in each cell, are kept from the interpreter. What
+cells would share and could write to is made private, or ends the start (inherited.py).
 """
 
 import gc

@@ -41,7 +41,7 @@ def granted(etc: Path, user: str) -> bool:
 
 def free_range(taken: Sequence[IdRange], known: Callable[[int], bool] = lambda _: False) -> IdRange:
     """COUNT ids that nobody has: those that systemd uses last. *known* tells whether a directory service has a user
-    with that id; the first of a range is asked for, as ``ids.claim`` does it. Raises Unavailable.
+    with that id; the first of a range is asked for, as ``ranges.claim`` does it. Raises Unavailable.
     """
     for reserved in (_RESERVED, ()):
         areas = sorted([*taken, *reserved], key=lambda one: one.base)

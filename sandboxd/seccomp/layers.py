@@ -51,7 +51,7 @@ def _prctl(option: int, *tests: Test) -> tuple[Test, ...]:
 
 
 # What is called under the inherited layer alone: by _cell.serve() and fork_cell() in the zygote, by the steps of
-# cell_seal() in the cell (native/cell.c; a test reads the C and compares), and by the interpreter around them. A
+# cell_seal() in the cell (native/inside/cell.c; a test reads the C and compares), and by the interpreter around them. A
 # profile of an operator's may refuse any of it. What a profile allows anyway costs nothing here. Arguments are given
 # where profiles decide by them: a need that the profile grants leaves no trace in either layer.
 SPAWN: Final = (

@@ -44,9 +44,9 @@ WALLS: Final[dict[str, frozenset[int]]] = {
     "read-only": frozenset(),
     "userns-limit": frozenset(),
 }
-"""Walls that a test may leave out by name, and what of a cell's steps raises each (native/cell.c; the numbers from 48
-on are parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no program
-could be run without them.
+"""Walls that a test may leave out by name, and what of a cell's steps raises each (native/inside/cell.c; the numbers
+from 48 on are parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no
+program could be run without them.
 """
 
 

@@ -1,9 +1,9 @@
 """Who opens a cell's files for the engine: itself, as root of the host, or a broker inside the user namespace.
 
 An engine of an ordinary user is a stranger to the ids of its cells: it may neither open what a program made for itself
-alone nor make a file as one of them. For such an engine the nursery forks a broker (native/broker.c), which opens by
-the same rules, as the same ids, and hands the descriptor over. Every path is beneath a directory of one cell, which the
-engine holds and names by descriptor; no symlink is followed and no mount crossed (``native.open_beneath``).
+alone nor make a file as one of them. For such an engine the nursery forks a broker (native/inside/broker.c), which
+opens by the same rules, as the same ids, and hands the descriptor over. Every path is beneath a directory of one cell,
+which the engine holds and names by descriptor; no symlink is followed and no mount crossed (``calls.open_beneath``).
 
 Ids are those inside the namespace: 0 is the zygote, a cell has its slot's.
 """

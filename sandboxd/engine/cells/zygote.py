@@ -9,11 +9,11 @@ Theory of operation
             |-- broker: opens cells' files for an engine that is not root; without other rights (files.py)
             |-- zygote: the image's interpreter, mapped root; imports, warms up, forks cells; never sees tenants' bytes
             |     `-- cell: forked into an init's pid namespace, joins its other namespaces, drops everything
-            |               (native/cell.c)
+            |               (native/inside/cell.c)
             `-- init: pid 1 of one cell's namespaces, no capabilities, no descriptors, asleep
 
     channel to the nursery: one struct sbx_make_request for each cell; back come MADE with nine descriptors, or
-                            REFUSED, and DEAD when the init, and so the pid namespace, is gone (native/sandboxd.h)
+                            REFUSED, and DEAD when the init, and so the pid namespace, is gone (sandboxd.h)
     channel to the zygote:  config and filters, its ready message; then nothing goes there any more. From it come
                             EXITED for each cell that was forked, and REFUSED for one that could not be
     log: a pipe that both have as stdout and stderr; its last bytes explain a death
