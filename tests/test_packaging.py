@@ -201,7 +201,7 @@ def test_console_script_runs(site: Path, tmp_path: Path) -> None:
 def test_sdist_holds_what_a_build_and_the_tests_need_and_no_leftovers(sdist: Path, tree: Path) -> None:
     with tarfile.open(sdist) as archive:
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
-    wanted = ("native", "policies", "sandboxd", "tests", "examples", "tools")
+    wanted = ("native", "policies", "sandboxd", "tests", "examples", "scripts")
     files = (path for top in wanted for path in (tree / top).rglob("*") if path.is_file())
     source = {str(path.relative_to(tree)) for path in files if "__pycache__" not in path.parts}  # a build leaves one
     assert source - held == set()

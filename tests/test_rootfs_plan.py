@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SLOTS = SlotIds(0x78000000, 4)
-SETUP = Path(__file__).resolve().parent.parent / "tools" / "setup.sh"
+SETUP = Path(__file__).resolve().parent.parent / "scripts" / "setup.sh"
 
 
 class Host:

@@ -35,7 +35,7 @@ CLONES: Final = 50
 
 
 def peers_directory() -> Path:
-    """The environment that tools/peers.sh makes for peers from PyPI."""
+    """The environment that scripts/peers.sh makes for peers from PyPI."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(os.environ.get("SANDBOXD_PEERS") or os.path.join(cache, "sandboxd", "peers"))
 

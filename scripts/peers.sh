@@ -2,8 +2,8 @@
 # Install the peers that `sandboxd bench` measures beside ours, and say what is there: programs from Debian, sandlock from
 # PyPI into an environment of its own ($SANDBOXD_PEERS, else the cache directory; `sandboxd bench` looks there too).
 #
-#   tools/peers.sh           install and show
-#   tools/peers.sh --show    only show
+#   scripts/peers.sh           install and show
+#   scripts/peers.sh --show    only show
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
