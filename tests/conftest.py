@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from sandboxd import Sandbox
-from tests import promptness
-from tests.modes import ROOT, policy_of
-from tests.turns import turn
+from tests.support import promptness
+from tests.support.modes import ROOT, policy_of
+from tests.support.turns import turn
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator

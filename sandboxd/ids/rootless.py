@@ -109,9 +109,9 @@ def why_one_id(etc: StrPath = "/etc") -> Unavailable | None:
 def claim(
     config: str | None, etc: StrPath = "/etc", places: list[str] | None = None, slots: int = ranges.MAX_SLOTS
 ) -> ranges.IdBlock:
-    """As ``ranges.claim``, for an engine that is not root. Without subordinate ids the block is the user's own id, shared
-    by all cells: ``IdBlock.shared`` says why. What a user is granted is 65,536 ids as a rule, so an engine takes no
-    larger block than *slots* cells need.
+    """As ``ranges.claim``, for an engine that is not root. Without subordinate ids the block is the user's own id,
+    shared by all cells: ``IdBlock.shared`` says why. What a user is granted is 65,536 ids as a rule, so an engine takes
+    no larger block than *slots* cells need.
     """
     shared = why_one_id(etc)
     if shared is not None:

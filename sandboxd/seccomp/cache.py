@@ -27,8 +27,8 @@ _LIBRARY_DIRECTORIES: Final = ("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-g
 
 
 def cached_compile(profile: Profile, directory: Path | None = None) -> bytes:
-    """``compile(profile)``, from *directory* (default: ``diskcache.cache_directory()``) when a trustworthy copy lies there.
-    Raises what ``compile`` raises.
+    """``compile(profile)``, from *directory* (default: ``diskcache.cache_directory()``) when a trustworthy copy lies
+    there. Raises what ``compile`` raises.
     """
     return _cached(profile.sha256, check, lambda: compile(profile), directory)
 

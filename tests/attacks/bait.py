@@ -25,7 +25,7 @@ __all__ = ["bait"]
 @contextmanager
 def bait(uid: int = 0, gid: int = 0) -> Iterator[Path]:
     """A directory in the interpreter's environment, which is bound into cells at its own path; *uid*'s, as whom the
-    engine runs. Only root can make it, and hands its name to a test run of somebody else (tests/plain.py).
+    engine runs. Only root can make it, and hands its name to a test run of somebody else (tests/support/plain.py).
     """
     made = os.environ.get("SANDBOXD_TEST_BAIT")
     if made is not None:

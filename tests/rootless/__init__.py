@@ -1,1 +1,1 @@
-"""Tests of an engine that is not root's; tests/test_rootless.py runs them as an ordinary user, in every mode."""
+"""Tests of an engine that is not root's; tests/engine/test_rootless.py runs them as an ordinary user, in every mode."""

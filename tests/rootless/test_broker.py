@@ -19,9 +19,9 @@ from sandboxd.engine.cells.files import Broker
 from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.core import Engine
 from sandboxd.rootfs.interpreter import Interpreter
-from tests.leftovers import eventually
-from tests.modes import ONE_ID
-from tests.patience import SLOWER
+from tests.support.leftovers import eventually
+from tests.support.modes import ONE_ID
+from tests.support.patience import SLOWER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator

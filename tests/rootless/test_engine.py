@@ -11,9 +11,9 @@ import pytest
 
 from sandboxd import Limits, Sandbox, Unavailable, policy
 from sandboxd.ids import ranges, rootless
-from tests.leftovers import eventually
-from tests.modes import HAS_CGROUP, MODE, ONE_ID, policy_of
-from tests.promptness import prompt
+from tests.support.leftovers import eventually
+from tests.support.modes import HAS_CGROUP, MODE, ONE_ID, policy_of
+from tests.support.promptness import prompt
 
 if TYPE_CHECKING:
     from sandboxd.policy import Policy

@@ -9,8 +9,8 @@ import pytest
 
 from sandboxd.daemon.network import NetworkCheck
 from sandboxd.errors import Unavailable
-from tests.leftovers import process
 from tests.rootless.test_broker import nursery
+from tests.support.leftovers import process
 
 
 def test_network_of_a_zygote_is_empty() -> None:

@@ -13,8 +13,8 @@ import pytest
 
 from sandboxd import Sandbox
 from sandboxd.errors import Unavailable
-from tests.leftovers import eventually
-from tests.modes import MODE
+from tests.support.leftovers import eventually
+from tests.support.modes import MODE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -50,7 +50,7 @@ class Machine:
 
 
 REFUSED = tuple(
-    f"tests/test_attacks.py::{name}"
+    f"tests/attacks/test_attacks.py::{name}"
     for name in ("test_attack_is_refused", "test_neighbour_is_out_of_reach", "test_no_attack_reached_the_bait")
 )
 """With every wall up; each wall alone is the host's to show."""
@@ -60,9 +60,9 @@ MACHINES = (  # those that take longest first, for two run at a time
     Machine(
         "service",
         (
-            Leg("service", "root", ("tests/test_systemd.py",)),
-            Leg("until-reset", "root", ("tests/test_reset.py", "-k", "until"), 300, ends_by_reset=True),
-            Leg("after-reset", "root", ("tests/test_reset.py", "-k", "after"), 300),
+            Leg("service", "root", ("tests/daemon/test_systemd.py",)),
+            Leg("until-reset", "root", ("tests/engine/test_reset.py", "-k", "until"), 300, ends_by_reset=True),
+            Leg("after-reset", "root", ("tests/engine/test_reset.py", "-k", "after"), 300),
         ),
     ),
     Machine(
@@ -75,7 +75,7 @@ MACHINES = (  # those that take longest first, for two run at a time
             ),
             Leg("one-id", "rootless-one-id", ("tests/rootless/test_engine.py", *REFUSED, *SAMPLE)),
             # Last: it removes users, and logind remembers for a while that their uids linger.
-            Leg("scopes", "root", ("tests/test_cgroup_v2.py",)),
+            Leg("scopes", "root", ("tests/cgroup/test_cgroup_v2.py",)),
         ),
     ),
     Machine(
@@ -85,8 +85,13 @@ MACHINES = (  # those that take longest first, for two run at a time
                 "kernel-6.1",
                 "root",
                 (
-                    *("tests/test_cgroup.py", "tests/test_doctor.py", "tests/test_seccomp_kernel.py", *REFUSED),
-                    *("tests/test_hold_up.py", "tests/test_shared_budgets.py"),
+                    *(
+                        "tests/cgroup/test_cgroup.py",
+                        "tests/unit/test_doctor.py",
+                        "tests/seccomp/test_seccomp_kernel.py",
+                        *REFUSED,
+                    ),
+                    *("tests/engine/test_hold_up.py", "tests/engine/test_shared_budgets.py"),
                     *("-m", "kernel", "-k", "not scientific and not git and not compiler"),  # neither is installed
                 ),
             ),
@@ -101,9 +106,13 @@ MACHINES = (  # those that take longest first, for two run at a time
                 "cgroup-v2",
                 "root",
                 (
-                    *("tests/test_cgroup.py", "tests/test_walls.py", "tests/test_limits_hold.py"),
-                    *("tests/test_results.py", "tests/test_tool_calls.py", "tests/test_hold_up.py"),
-                    *("tests/test_slots.py", "-m", "cgroup"),
+                    *("tests/cgroup/test_cgroup.py", "tests/engine/test_walls.py", "tests/engine/test_limits_hold.py"),
+                    *(
+                        "tests/engine/test_results.py",
+                        "tests/engine/test_tool_calls.py",
+                        "tests/engine/test_hold_up.py",
+                    ),
+                    *("tests/engine/test_slots.py", "-m", "cgroup"),
                 ),
             ),
         ),
@@ -112,7 +121,7 @@ MACHINES = (  # those that take longest first, for two run at a time
     ),
     Machine(
         "newest",
-        (Leg("kernel-newest", "root", ("tests/test_landlock.py", "-m", "newest"), 300),),
+        (Leg("kernel-newest", "root", ("tests/engine/test_landlock.py", "-m", "newest"), 300),),
         kernel="newest",
         systemd=False,
         cmdline=("audit=1",),

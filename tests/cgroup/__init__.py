@@ -1,0 +1,1 @@
+"""Cgroup directories, v1 and v2, against the kernel."""

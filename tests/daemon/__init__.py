@@ -1,0 +1,1 @@
+"""``sandboxd serve``, its configuration, its clients, and its service."""

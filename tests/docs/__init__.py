@@ -1,0 +1,1 @@
+"""The programs and figures of the README and docs."""

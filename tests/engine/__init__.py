@@ -1,0 +1,1 @@
+"""Engines, their cells, and what programs in them notice."""
