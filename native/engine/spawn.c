@@ -89,7 +89,7 @@ typedef long (*maker)(const void *plan, int32_t *pidfd);
 /* Have *make* called by a process in between, which shares this one's descriptors, has *exit_signal*, and is gone when
  * this returns: the pid, or a negative errno. For a caller whose signals are blocked. */
 static int
-made_between(uint64_t exit_signal, maker make, const void *plan, int *pidfd)
+clone_detached(uint64_t exit_signal, maker make, const void *plan, int *pidfd)
 {
     struct sbx_clone_args between = {.flags = SBX_CLONE_FILES, .exit_signal = exit_signal};
     struct {
@@ -146,7 +146,7 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
     int pid;
 
     all_signals_blocked(&old);
-    pid = made_between(0, clone_engine, plan, pidfd);
+    pid = clone_detached(0, clone_engine, plan, pidfd);
     sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
     return pid;
 }
@@ -157,7 +157,7 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
  * namespaces below this one: the limit is this namespace's own (namespaces(7)), it is asked even where a filter is not,
  * and a container's read-only /proc/sys is the one reason why it may stay as it is. */
 static int
-forgo(int allow_user_namespaces, uint32_t *kept)
+keyring_drop(int allow_user_namespaces, uint32_t *kept)
 {
     long r = sbx_call(SBX_NR_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, 0);
     int fd;
@@ -186,7 +186,7 @@ forgo(int allow_user_namespaces, uint32_t *kept)
 /* What a caller may have of its own and a cell must not inherit: a realtime policy, which no cpu.max bounds; a negative
  * nice value; an I/O class; a personality without address space randomisation (setarch -R). */
 static int
-be_ordinary(void)
+sched_reset(void)
 {
     int priority = 0;
     long r = sbx_call(SBX_NR_sched_setscheduler, 0, 0 /* SCHED_OTHER */, &priority);
@@ -219,7 +219,7 @@ zygote_child(const struct sbx_zygote_plan *plan)
 
     default_signals();
     sbx_close(plan->go_write_fd);
-    r = be_ordinary();
+    r = sched_reset();
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_ORDINARY, (int)-r, 0);
     for (unsigned int i = 0; i < plan->ntasks && i < ARRAY_SIZE(plan->tasks); i++) {
@@ -235,10 +235,10 @@ zygote_child(const struct sbx_zygote_plan *plan)
         child_fail(plan->report_fd, SBX_STAGE_MOUNTS, (int)-r, detail);
     r = sbx_read_all(plan->go_fd, &go, 1); /* the id maps are written */
     if (r >= 0)
-        r = sbx_become(0, 0, plan->one_id);
+        r = sbx_become(0, 0, plan->single_id);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_MAPS, (int)-r, 0);
-    r = forgo(plan->allow_user_namespaces, &kept);
+    r = keyring_drop(plan->allow_user_namespaces, &kept);
     if (r < 0)
         child_fail(plan->report_fd, SBX_STAGE_FORGO, (int)-r, 0);
     root = sbx_new_root();
@@ -313,7 +313,7 @@ sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
 
     if (r < 0)
         return (int)r;
-    pid = plan->userns_fd < 0 ? clone_zygote(plan, &args) : made_between(SBX_SIGCHLD, clone_in_userns, plan, pidfd);
+    pid = plan->userns_fd < 0 ? clone_zygote(plan, &args) : clone_detached(SBX_SIGCHLD, clone_in_userns, plan, pidfd);
     sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
     return (int)pid;
 }

@@ -89,7 +89,7 @@ struct sbx_rlimit {
     uint64_t soft, hard;
 };
 
-int sbx_become(uint32_t uid, uint32_t gid, int one_id);
+int sbx_become(uint32_t uid, uint32_t gid, int single_id);
 int sbx_file_ids(uint32_t uid, uint32_t gid);
 int sbx_drop_bounding(void);
 int sbx_drop_caps(void);

@@ -25,7 +25,7 @@ struct sbx_zygote_plan {
     int nursery_fd; /* the nursery's program */
     int broker_fd;  /* broker's end of its channel; -1: there is none */
     int userns_fd;  /* a mapped user namespace to be born in; -1: a new one, which the engine maps meanwhile */
-    int one_id;     /* the namespace maps a single id */
+    int single_id;     /* the namespace maps a single id */
     int cgroup_fd;    /* v2: where the process is born; -1 without */
     int tasks[8];     /* v1: where it writes 0 first thing */
     unsigned int ntasks;

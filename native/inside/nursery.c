@@ -30,7 +30,7 @@ static int netns_of[SLOTS]; /* descriptor + 1, by slot: leased to the slot's pre
 static int sockstat_of[SLOTS]; /* descriptor + 1 of its /proc/net/sockstat: how many sockets are left in it */
 static int home_netns;
 static int zygote_channel = -1;
-static int one_id; /* no id but 0 is mapped: inits and cells are 0, too, without its rights */
+static int single_id; /* no id but 0 is mapped: inits and cells are 0, too, without its rights */
 
 /* The inits that live, by slot; a slot has one at a time. */
 static struct {
@@ -202,7 +202,7 @@ init_main(const struct init_plan *plan)
     r = sbx_close_from(1);
     if (r < 0)
         init_fail(0, SBX_STAGE_FDS, r);
-    r = one_id ? sbx_become(0, 0, 1) : sbx_become(INIT_ID, INIT_ID, 0);
+    r = single_id ? sbx_become(0, 0, 1) : sbx_become(INIT_ID, INIT_ID, 0);
     if (r < 0)
         init_fail(0, SBX_STAGE_IDS, r);
     r = sbx_drop_caps();
@@ -258,7 +258,7 @@ make_init(const struct sbx_make_request *q, struct sbx_report *report, int *fds)
 
     for (int i = 0; i < CELL_FDS; i++)
         fds[i] = -1;
-    if (q->slot >= SLOTS || (one_id ? id != 0 : id <= INIT_ID) || inits[q->slot].pid)
+    if (q->slot >= SLOTS || (single_id ? id != 0 : id <= INIT_ID) || inits[q->slot].pid)
         goto fail;
     stage = SBX_STAGE_TMPFS;
     if ((r = plan.workspace = make_tmpfs(q->workspace_bytes, q->workspace_files, 0700, id)) < 0 ||
@@ -457,7 +457,7 @@ nursery_main(long *stack)
     if (argc < 2 || polls[2].fd < 0 || home_netns < 0 || sbx_no_new_privs() < 0 ||
         sbx_call(SBX_NR_socketpair, 1 /* AF_UNIX */, 5 /* SOCK_SEQPACKET */ | SBX_O_CLOEXEC, 0, pair) < 0)
         quit(3);
-    one_id = argv[0][0] == 'o';
+    single_id = argv[0][0] == 'o';
     zygote_channel = pair[0];
     broker = with_broker ? start_broker() : 0;
     if (broker < 0)

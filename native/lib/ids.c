@@ -2,14 +2,14 @@
 #include "sandboxd.h"
 
 /* As a mapped root with CAP_SETUID and CAP_SETGID: no supplementary groups, then the group, then the user. Leaving
- * uid 0 clears the permitted and effective sets (capabilities(7)); sbx_drop_caps() makes sure of the rest. With *one_id*
+ * uid 0 clears the permitted and effective sets (capabilities(7)); sbx_drop_caps() makes sure of the rest. With *single_id*
  * mapped by its own user, the kernel lets nobody give up groups (user_namespaces(7)). */
 int
-sbx_become(uint32_t uid, uint32_t gid, int one_id)
+sbx_become(uint32_t uid, uint32_t gid, int single_id)
 {
     long r = sbx_call(SBX_NR_setgroups, 0, 0);
 
-    if (r == -SBX_EPERM && one_id)
+    if (r == -SBX_EPERM && single_id)
         r = 0;
     if (r >= 0)
         r = sbx_call(SBX_NR_setresgid, gid, gid, gid);

@@ -166,7 +166,7 @@ class Leaf:
 
     # Descriptors
 
-    def doze(self) -> None:
+    def close_idle_fds(self) -> None:
         """Close what is not needed before the run's end; the next question opens it again. For many live cells at once:
         seventeen descriptors each are more than a process may have. Nobody may watch ``populated_fd`` meanwhile.
         """

@@ -80,7 +80,7 @@ class NoLeaf(Leaf):
         """Close its one descriptor."""
         os.close(self._never)
 
-    def doze(self) -> None:
+    def close_idle_fds(self) -> None:
         pass
 
     def set_limits(self, limits: LeafLimits) -> None:

@@ -27,7 +27,7 @@ from sandboxd.cgroup.reading import Reading
 from sandboxd.client.result import Isolation, Result
 from sandboxd.engine.cells.workspace import Collected
 from sandboxd.errors import ProtocolError
-from sandboxd.outcome.answer import answer, is_unremarkable, plainly
+from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Evidence, parse_finished
 from sandboxd.protocol import channel, packets
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Direct", "Leaf", "Offers", "message_of"]
+__all__ = ["LeafView", "LeaseSlot", "LeasedCell", "message_of"]
 
 MESSAGE_BYTES: Final = 48 << 10
 """One packet that any socket takes."""
@@ -62,7 +62,7 @@ def message_of(source: str, args: Sequence[str], env: Mapping[str, str], results
     return _HEAD.pack(len(text)) + text
 
 
-class Leaf:
+class LeafView:
     """One cgroup leaf, which serves one run after the other: its counters, by descriptors that the engine sent, and
     what is the same for all its runs.
     """
@@ -96,12 +96,12 @@ class Leaf:
             os.close(fd)
 
 
-class Direct:
+class LeasedCell:
     """One parked cell, lent to this process: ``start`` and ``finish`` once, then ``close``."""
 
     __slots__ = ("_fds", "_leaf", "_raw", "_reading", "_setup", "_started", "handed_over", "identity")
 
-    def __init__(self, message: dict[str, Any], fds: list[int], leaf: Leaf) -> None:
+    def __init__(self, message: dict[str, Any], fds: list[int], leaf: LeafView) -> None:
         """Of a lease's message; the descriptors are this object's from now on, the leaf stays the connection's."""
         self.identity: str = message["lease"]
         self._reading = replace(leaf.reading, before=tuple(message["before"]))
@@ -193,8 +193,8 @@ class Direct:
             return None
         keep = int(limits["output_bytes"])
         seconds = (0.0, self._setup, run)
-        if not finished.exit_code and len(out) <= keep and len(err) <= keep and is_unremarkable(counters):
-            header = plainly(self.identity, finished.results, counters, (out, err), seconds)
+        if not finished.exit_code and len(out) <= keep and len(err) <= keep and hit_no_limit(counters):
+            header = clean_exit_header(self.identity, finished.results, counters, (out, err), seconds)
             return Result.assembled(header, (out, err), leaf.isolation)
         outputs = (Collector(keep), Collector(keep))
         for collector, data in zip(outputs, (out, err), strict=True):
@@ -211,14 +211,14 @@ class Direct:
             lib.sbx_close_all(fds, len(fds))
 
 
-class Offers:
+class LeaseSlot:
     """What one connection was lent: the present lease, and the leaves that it knows by name."""
 
     def __init__(self) -> None:
-        self.lease: Direct | None = None
-        self.used: Direct | None = None
+        self.lease: LeasedCell | None = None
+        self.used: LeasedCell | None = None
         """The one whose program runs; a fork may come in the middle of it."""
-        self._leaves: dict[int, Leaf] = {}
+        self._leaves: dict[int, LeafView] = {}
 
     def take(self, message: dict[str, Any], fds: list[int]) -> None:
         """A lease's message. Raises ProtocolError; its descriptors are closed then."""
@@ -228,11 +228,11 @@ class Offers:
             if known is not None:
                 if len(self._leaves) >= packets.LEAVES:
                     self._forget()
-                self._leaves[message["leaf"]] = Leaf(known, fds[FDS:])
+                self._leaves[message["leaf"]] = LeafView(known, fds[FDS:])
                 del fds[FDS:]
             if len(fds) != FDS:
                 raise ProtocolError("A lease came with other descriptors than it should.")
-            self.lease = Direct(message, fds, self._leaves[message["leaf"]])
+            self.lease = LeasedCell(message, fds, self._leaves[message["leaf"]])
         except BaseException as error:
             for fd in fds:
                 os.close(fd)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's pr
     from collections.abc import Sequence
 
     from sandboxd.client.exchange import Exchange, FileContent, TextCallback, ToolHost
-    from sandboxd.client.leased import Direct, Offers
+    from sandboxd.client.leased import LeasedCell, LeaseSlot
     from sandboxd.client.result import Result
     from sandboxd.limits import LimitValue
     from sandboxd.policy import Limits, Policy
@@ -235,7 +235,7 @@ class Sandbox(Closing):
         self._lock = threading.Lock()
         self._idle: list[socket.socket] = []
         self._busy: set[socket.socket] = set()
-        self._offers: dict[socket.socket, Offers] = {}
+        self._offers: dict[socket.socket, LeaseSlot] = {}
         self._direct: Any = None
         _alive.add(self)
 
@@ -368,7 +368,7 @@ class Sandbox(Closing):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if fresh and self._engine is not None:
                 self._direct = importlib.import_module("sandboxd.client.leased")
-                self._offers[sock] = self._direct.Offers()
+                self._offers[sock] = self._direct.LeaseSlot()
             if fresh:
                 packets.send(sock, packets.hello(direct=self._engine is not None))
             buffers, fd = exchange.packet()
@@ -411,7 +411,7 @@ class Sandbox(Closing):
             self._busy.add(sock)
         sock.setblocking(True)
         keep = False
-        lease: Direct | None = None
+        lease: LeasedCell | None = None
         try:
             try:
                 lease = self._lease(sock)
@@ -453,7 +453,7 @@ class Sandbox(Closing):
         spoken = {fd for fd, _ in poll.poll(0)}
         return next((sock for sock in waiting if sock.fileno() in spoken), None)
 
-    def _lease(self, sock: socket.socket) -> Direct | None:
+    def _lease(self, sock: socket.socket) -> LeasedCell | None:
         """What *sock* was lent; also what has come since its last run. Raises OSError, ProtocolError."""
         offers = self._offers[sock]
         with contextlib.suppress(BlockingIOError):

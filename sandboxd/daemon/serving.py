@@ -39,7 +39,7 @@ from sandboxd.protocol import packets
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.config import AuditSettings
 
 __all__ = ["Daemon", "main"]
@@ -114,7 +114,7 @@ class Daemon:
                 _make_directory(audit)
             self._engine.start()
             try:
-                self._engine.foresee(likely=self._config.default_policy == "default")
+                self._engine.prestart(likely=self._config.default_policy == "default")
                 # The default policy, proved sealed, before anybody is let in.
                 self._notifier.extend(POLICY_SECONDS)
                 async with NetworkCheck() as network:
@@ -248,7 +248,7 @@ class Daemon:
 
     # Clients
 
-    async def _policy(self, name: str | None) -> Prepared:
+    async def _policy(self, name: str | None) -> ActivePolicy:
         """An installed policy by its name, in force: of policies_dir, then the shipped ones. Files are read when first
         asked for, and again by a reload.
         """

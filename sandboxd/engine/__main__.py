@@ -26,7 +26,7 @@ from sandboxd.errors import ProtocolError, SandboxError, Unavailable
 from sandboxd.protocol import packets
 
 if TYPE_CHECKING:
-    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.active_policy import ActivePolicy
 
 __all__ = ["main"]
 
@@ -82,7 +82,7 @@ class Embedded:
             settings = await self._packet("configure")
             self._engine = engine = Engine(EngineConfig.from_plain(settings["engine"]))
             engine.start()
-            engine.foresee(settings["likely"])
+            engine.prestart(settings["likely"])
             self._plain = (await self._packet("policy"))["policy"]
             await self._policy(None)
         except SandboxError as error:
@@ -112,7 +112,7 @@ class Embedded:
         if self._connections:
             await asyncio.wait(self._connections, timeout=2)
 
-    async def _policy(self, name: str | None) -> Prepared:
+    async def _policy(self, name: str | None) -> ActivePolicy:
         assert self._engine is not None  # noqa: S101
         if name is not None:
             raise Engine.policy_error(name)

@@ -23,12 +23,19 @@ from sandboxd._util.fdwait import in_thread
 from sandboxd.engine import held_time
 from sandboxd.engine.audit.sink import trail
 from sandboxd.engine.cells import selftest
-from sandboxd.engine.cells.active_policy import LIKELY, Bodies, Prepared, essence, kernel_release, prepare
-from sandboxd.engine.cells.reaper import Dying
-from sandboxd.engine.cells.shape import Bare
+from sandboxd.engine.cells.active_policy import (
+    DEFAULT_POLICY,
+    ActivePolicy,
+    ZygotePool,
+    kernel_release,
+    prepare,
+    zygote_key,
+)
+from sandboxd.engine.cells.reaper import Reaper
+from sandboxd.engine.cells.shape import NoCgroups
 from sandboxd.engine.cells.slots import Slots
 from sandboxd.engine.cells.zygote import ZygoteLost
-from sandboxd.engine.fair_share import Floor, Share
+from sandboxd.engine.fair_share import FairShare, Floor
 from sandboxd.engine.held_time import HeldTime
 from sandboxd.engine.runs.clock import Clock
 from sandboxd.engine.runs.run import CellRun, Emit, LendTools
@@ -45,7 +52,7 @@ if TYPE_CHECKING:
 
     from sandboxd.engine.clients.leases import Leases
     from sandboxd.engine.config import EngineConfig
-    from sandboxd.outcome.answer import Answer
+    from sandboxd.outcome.answer import RunAnswer
 
 __all__ = ["Engine"]
 
@@ -84,22 +91,22 @@ class Engine:
         self.ids: ranges.IdBlock
         self.slot_ids: ranges.SlotIds
         self.slots: Slots
-        self.bare: Bare | None = None
+        self.no_cgroups: NoCgroups | None = None
         self.live: dict[str, CellRun] = {}
         self.owners: dict[str, dict[str, Any]] = {}
-        self._prepared: dict[str, Prepared] = {}
-        self._preparing: dict[str, asyncio.Task[Prepared]] = {}
+        self._prepared: dict[str, ActivePolicy] = {}
+        self._preparing: dict[str, asyncio.Task[ActivePolicy]] = {}
         self._running = 0
         self._queued = 0
         self.clock = Clock()
-        self.dying = Dying()
+        self.reaper = Reaper()
         self.makers = max(2, self.cpus)
         self._leases: dict[Leases, None] = {}
         self._retired: dict[asyncio.Task[None], str] = {}
         """What replaces a zygote, or waits for the end of the last run of one that was, with its policy's key."""
         self._held: Counter[object] = Counter()
         self._floor = Floor()
-        self._shares: weakref.WeakValueDictionary[object, Share] = weakref.WeakValueDictionary()
+        self._shares: weakref.WeakValueDictionary[object, FairShare] = weakref.WeakValueDictionary()
         # By the uid that asked, in the order in which the uids are served.
         self._waiting: dict[object, deque[asyncio.Future[None]]] = {}
         self._undo = contextlib.ExitStack()
@@ -107,13 +114,13 @@ class Engine:
         self._draining = False
         self.served = 0
         """Runs that came to an end of their own or by a limit: a sign of life of everything that a run needs."""
-        self.bodies = Bodies(self)
+        self.bodies = ZygotePool(self)
         self.tally = Tally()
         self.held = HeldTime()
         self.trail = trail(config.audit)
         self.reading = asyncio.Lock()
         """Of who reads the audit record."""
-        self._guess: asyncio.Task[Prepared] | None = None
+        self._guess: asyncio.Task[ActivePolicy] | None = None
 
     def start(self) -> None:
         """Sweep, claim cgroups and ids. Raises Unavailable; nothing is left then."""
@@ -151,24 +158,24 @@ class Engine:
                     f"{running} cells at once need as many ids; the range has {self.slot_ids.capacity}",
                 )
             if isinstance(self.instance, cgroup.NoInstance):
-                self.bare = Bare(own_uid=self.ids.shared is None)
+                self.no_cgroups = NoCgroups(own_uid=self.ids.shared is None)
             self.instance.clone_owner(self.ids.base)
             self.slots = Slots(self.instance, min(wanted, self.slot_ids.capacity), self.ids.base)
             undo.callback(self.slots.close)
             self._undo = undo.pop_all()
 
-    def foresee(self, likely: bool = True) -> None:
+    def prestart(self, likely: bool = True) -> None:
         """Before the policy comes: start a zygote on this interpreter, and where it is *likely* that a policy without
         libraries of its own will be asked for, make that ready. A refusal is told only when it is asked for.
         """
         with contextlib.suppress(SandboxError):
-            self.bodies.foresee(Interpreter.current())
+            self.bodies.prestart(Interpreter.current())
             if likely:
-                self._guess = asyncio.get_running_loop().create_task(self._proved(LIKELY))
+                self._guess = asyncio.get_running_loop().create_task(self._proved(DEFAULT_POLICY))
 
     # Policies
 
-    async def prepared(self, key: str, plain: dict[str, Any]) -> Prepared:
+    async def prepared(self, key: str, plain: dict[str, Any]) -> ActivePolicy:
         """Policy *plain* in force, its zygote alive; made when first asked for, and again when its zygote was lost.
 
         The making belongs to the engine, not to who asked first: a client that leaves does not stop it for the others.
@@ -186,7 +193,7 @@ class Engine:
             making.add_done_callback(lambda done: self._made(key, done))
         return await asyncio.shield(making)
 
-    def _made(self, key: str, making: asyncio.Task[Prepared]) -> None:
+    def _made(self, key: str, making: asyncio.Task[ActivePolicy]) -> None:
         if making.cancelled() or making.exception() is None:
             self._preparing.pop(key, None)
         else:
@@ -196,18 +203,18 @@ class Engine:
         making = self._preparing.get(key)
         return making is not None and not making.done()
 
-    def _try_again(self, key: str, failed: asyncio.Task[Prepared]) -> None:
+    def _try_again(self, key: str, failed: asyncio.Task[ActivePolicy]) -> None:
         if self._preparing.get(key) is failed:
             del self._preparing[key]
 
-    async def _make(self, key: str, plain: dict[str, Any]) -> Prepared:
+    async def _make(self, key: str, plain: dict[str, Any]) -> ActivePolicy:
         lost = self._prepared.pop(key, None)
         if lost is not None:
             log.error("the zygote of policy %s was lost: %s", lost.name, lost.zygote.last_words())
             self.tally.restarts[lost.name] += 1
             await lost.close()
         guess, self._guess = self._guess, None
-        if guess is not None and essence(plain) != essence(LIKELY):
+        if guess is not None and zygote_key(plain) != zygote_key(DEFAULT_POLICY):
             try:
                 await self._forget(guess)
             except asyncio.CancelledError:
@@ -248,11 +255,11 @@ class Engine:
         """Take the turn of the lease that has waited longest."""
         return any(holder.revoke() for holder in list(self._leases))
 
-    def current(self, prepared: Prepared) -> Prepared | None:
+    def current(self, prepared: ActivePolicy) -> ActivePolicy | None:
         """What serves *prepared*'s policy now."""
         return next((one for one in self._prepared.values() if one.name == prepared.name), None)
 
-    def rotate(self, old: Prepared) -> None:
+    def rotate(self, old: ActivePolicy) -> None:
         """Put a new zygote in the place of *old*'s, which is closed once its runs are over."""
         key = next((key for key, one in self._prepared.items() if one is old), None)
         if key is None or self._closed or key in self._preparing or key in self._retired.values():
@@ -264,7 +271,7 @@ class Engine:
         self._retired[task] = key
         task.add_done_callback(self._retired.pop)
 
-    async def _rotate(self, key: str, old: Prepared) -> None:
+    async def _rotate(self, key: str, old: ActivePolicy) -> None:
         try:
             made = await self._proved(old.plain)
         except (SandboxError, ZygoteLost, OSError) as error:
@@ -278,7 +285,7 @@ class Engine:
         made.pool.open()
         await self._outlive(old)
 
-    async def _outlive(self, old: Prepared) -> None:
+    async def _outlive(self, old: ActivePolicy) -> None:
         """Close *old*, which nobody is given any more, once its runs are over, those that queue included."""
         old.pool.close()
         try:
@@ -301,7 +308,7 @@ class Engine:
 
         All or nothing: every new zygote is proved first. Raises what ``prepared`` raises; nothing is changed then.
         """
-        made: dict[str, Prepared] = {}
+        made: dict[str, ActivePolicy] = {}
         keys = [*changed, *removed]
         try:
             for key, plain in changed.items():
@@ -326,7 +333,7 @@ class Engine:
             if old is not None:
                 self._retire(key, self._outlive(old))
 
-    async def _proved(self, plain: dict[str, Any]) -> Prepared:
+    async def _proved(self, plain: dict[str, Any]) -> ActivePolicy:
         """*plain* in force, with a first cell that tried to cross every wall."""
         made = await prepare(self, plain)
         try:
@@ -338,14 +345,14 @@ class Engine:
         return made
 
     @staticmethod
-    async def _forget(guess: asyncio.Task[Prepared]) -> None:
+    async def _forget(guess: asyncio.Task[ActivePolicy]) -> None:
         """Nobody asked for it."""
         guess.cancel()
         await asyncio.wait({guess})
         if not guess.cancelled() and guess.exception() is None:
             await guess.result().close()
 
-    async def _prove(self, made: Prepared) -> None:
+    async def _prove(self, made: ActivePolicy) -> None:
         """Run the self-test in a first cell. Raises Unavailable."""
         try:
             async with asyncio.timeout(PROVE_SECONDS):
@@ -365,13 +372,13 @@ class Engine:
         keeps_groups = self.ids.shared is not None
         selftest.verify(said, guest, made.zygote.landlock_abi, made.profile, keeps_groups)
 
-    async def probe(self, prepared: Prepared) -> None:
+    async def probe(self, prepared: ActivePolicy) -> None:
         """Run a program of our own, beside the queue. Raises Unavailable when it does not end as it should."""
         header, _, complaint = await self._own_run(prepared, "pass", "probe")
         if header["status"] != "ok":
             raise Unavailable("probe", None, "look at the engine's log", f"{header['status']}: {complaint[-500:]}")
 
-    async def _own_run(self, prepared: Prepared, code: str, name: str) -> tuple[dict[str, Any], str, str]:
+    async def _own_run(self, prepared: ActivePolicy, code: str, name: str) -> tuple[dict[str, Any], str, str]:
         """A run that takes no turn and is not recorded: header, stdout, stderr. Its slot is free afterwards."""
         limits = {**defaults(), "wall_seconds": 20.0}
         request = Run(
@@ -401,15 +408,15 @@ class Engine:
 
     async def run(
         self,
-        prepared: Prepared,
+        prepared: ActivePolicy,
         request: Run,
         owner: dict[str, Any],
         emit: Emit | None,
         announce: Callable[[CellRun], None],
         notice: Callable[[str], Awaitable[None]] | None = None,
         lend_tools: LendTools | None = None,
-        share: Share | None = None,
-    ) -> Answer:
+        share: FairShare | None = None,
+    ) -> RunAnswer:
         """One run under *prepared*'s limits, narrowed by the request's. *announce* gets it as soon as it can be
         cancelled; *notice* is told "queued" when it has to wait, and then "admitted"; *lend_tools* gets the host's end
         of its tool calls, if it has tools; *share* is the client's part of the engine's time.
@@ -465,13 +472,13 @@ class Engine:
             raise
         return answer
 
-    def share(self, who: object) -> Share:
+    def share(self, who: object) -> FairShare:
         """*who*'s share of this thread, the same for all its connections; None is not bounded."""
         if who is None:
-            return Share(True, self._floor)
+            return FairShare(True, self._floor)
         found = self._shares.get(who)
         if found is None:
-            found = self._shares[who] = Share(False, self._floor)
+            found = self._shares[who] = FairShare(False, self._floor)
         return found
 
     @contextlib.contextmanager
@@ -588,7 +595,7 @@ class Engine:
         while self.live and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
         self.clock.close()
-        self.dying.close()
+        self.reaper.close()
         self._undo.close()
 
     @staticmethod

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Floor", "Share"]
+__all__ = ["FairShare", "Floor"]
 
 _SMALL_SECONDS: Final = 0.001
 """The loop's clock has no finer step; less than this is added up until it is more."""
@@ -35,7 +35,7 @@ class Floor:
         self.taken = False
 
 
-class Share:
+class FairShare:
     """One uid's: as long as its packets took, so long the next one waits, whatever the number of its connections. A
     *free* one, of an operator, only lets the others in between.
     """

@@ -5,7 +5,7 @@ engine. What is said here is the program's word only: limits, times and kills ar
 
 A cell is forked ahead of its request. First it becomes a process of its own (`settle`), then, unless the request is
 there already, it has made the memory its own that a run touches (`park`), and says so with the packet ``P``. What the
-zygote prepares for all its cells is a `Setting`.
+zygote prepares for all its cells is a `WarmState`.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class Program:
             return
         self.exit_code = 130 if isinstance(error, KeyboardInterrupt) else 1
         error.__traceback__ = without_ours(error.__traceback__)
-        if os.getpid() == CELL.pid:
+        if os.getpid() == SELF.pid:
             self.error = described(error, self.path)
         try:
             sys.excepthook(type(error), error, error.__traceback__)
@@ -263,7 +263,7 @@ class Program:
         """Wait for threads that are no daemons. Where none was started there is nothing to wait for, and the look of
         every pool at its queues, which a library may have brought along, is saved.
         """
-        if _thread._count() or thread_exits() != CELL.thread_exits:
+        if _thread._count() or thread_exits() != SELF.thread_exits:
             self.guard(threading._shutdown)  # type: ignore[attr-defined]
 
     def flush(self) -> None:
@@ -337,7 +337,7 @@ class Program:
 
     def report(self) -> None:
         """Send it. A child of the program that came this far says nothing: the program is its parent."""
-        if os.getpid() == CELL.pid and os.path.samestat(os.fstat(CHANNEL), CELL.channel):
+        if os.getpid() == SELF.pid and os.path.samestat(os.fstat(CHANNEL), SELF.channel):
             os.write(CHANNEL, self.finished())  # else descriptor 3 is a file of the program's own by now
 
 
@@ -351,7 +351,7 @@ def thread_exits() -> int:
     return len(getattr(threading, "_threading_atexits", ()))
 
 
-class Setting:
+class WarmState:
     """What the zygote has found out for its cells.
 
     *hooks*: what libraries registered for os.fork(), as keyword arguments of os.register_at_fork; *states*: address and
@@ -385,7 +385,7 @@ class Setting:
         return True
 
 
-class Own:
+class SelfId:
     """What tells the cell's own process and channel from those that its program may make: set once in each cell."""
 
     pid = 0
@@ -393,7 +393,7 @@ class Own:
     channel: os.stat_result
 
 
-CELL = Own()
+SELF = SelfId()
 
 
 def needed(hook: Callable[[], object]) -> bool:
@@ -407,20 +407,20 @@ def needed(hook: Callable[[], object]) -> bool:
     )
 
 
-def settle(setting: Setting) -> None:
+def settle(state: WarmState) -> None:
     """Make the process one of its own: nothing that it draws or calls itself is shared with another cell.
 
     The interpreter ran no library's at-fork hook, as the zygote kept them from it; a fork of the program's runs them.
     """
-    CELL.pid = os.getpid()
-    CELL.channel = os.fstat(CHANNEL)
-    CELL.thread_exits = thread_exits()
+    SELF.pid = os.getpid()
+    SELF.channel = os.fstat(CHANNEL)
+    SELF.thread_exits = thread_exits()
     threading.main_thread()._set_native_id()  # type: ignore[attr-defined]
-    for address, length in setting.states:
+    for address, length in state.states:
         _image.fill_random(address, length)
-    for again in setting.reseed:
+    for again in state.reseed:
         again()
-    for hooks in setting.hooks:
+    for hooks in state.hooks:
         os.register_at_fork(**hooks)
         if "after_in_child" in hooks and needed(hooks["after_in_child"]):
             try:
@@ -478,17 +478,17 @@ def has_request() -> bool:
     return waiting
 
 
-def park(setting: Setting) -> None:
+def park(state: WarmState) -> None:
     """Become a process of its own; unless the request is there, make ready what every run touches and say so."""
     # The pages that the zygote foresaw, all at once, before the first of them is missed.
     populated = not has_request() and _image.populate(CHANNEL)
-    settle(setting)
-    if setting.hurry:
+    settle(state)
+    if state.hurry:
         return
     if not populated:
         if not rehearse(has_request):
             return
-        if not setting.warm_up(has_request):
+        if not state.warm_up(has_request):
             return
     if populated and not has_request():
         _image.populate(CHANNEL)  # what the warm-up touches: as long as nobody waits
@@ -513,12 +513,12 @@ def receive() -> dict[str, Any]:
     return request
 
 
-def main(setting: Setting) -> None:
+def main(state: WarmState) -> None:
     """From the fork to the end of the process; never returns."""
     code = 1
     program = None
     try:
-        park(setting)
+        park(state)
         program = Program(receive())
         program.run()
         code = program.exit_code
@@ -530,9 +530,9 @@ def main(setting: Setting) -> None:
         os._exit(code)
 
 
-def rehearse_all(setting: Setting) -> None:
+def rehearse_all(state: WarmState) -> None:
     """What every cell does, from its settling to its frame. Descriptors 1 and 2 lead nowhere, 3 back to itself."""
-    settle(setting)
+    settle(state)
     for source in REHEARSAL[:FORESEEN]:
         request = json.dumps({"args": [], "env": {}, "filename": "main.py", "results": True, "code": source}).encode()
         os.write(CHANNEL, len(request).to_bytes(HEAD_BYTES, "little") + request)
@@ -565,21 +565,21 @@ def touched(step: Callable[[], object]) -> tuple[set[int], set[int]]:
     return own, mapped
 
 
-def survey_cell(setting: Setting) -> bytes:
+def survey_cell(state: WarmState) -> bytes:
     """In a child of the zygote that serves nobody: what every cell will touch, in the form of _image.record()."""
-    own, mapped = touched(lambda: rehearse_all(setting))
+    own, mapped = touched(lambda: rehearse_all(state))
     return b"".join((*as_ranges(own, 1), *as_ranges(mapped - own, 0)))
 
 
-def survey_warmup(setting: Setting, most: int) -> bytes:
+def survey_warmup(state: WarmState, most: int) -> bytes:
     """In such a child: what the warm-up touches beyond that, behind the mark of a new part; enough to make *most* own
     pages in all: those that many of its statements need, the first of them above all.
     """
-    own, mapped = touched(lambda: rehearse_all(setting))
+    own, mapped = touched(lambda: rehearse_all(state))
     wanted: dict[int, float] = {}
     seen: dict[int, int] = {}
     names = {"__name__": "__warmup__"}
-    for rank, statement in enumerate(setting.warmup, 1):
+    for rank, statement in enumerate(state.warmup, 1):
         step = functools.partial(exec, statement, names)
         its_own, its_mapped = touched(step)
         for page in its_own:

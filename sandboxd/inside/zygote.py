@@ -6,7 +6,7 @@ image's interpreter and imports the standard library and one native object. No b
 a cell reads its program after the fork, in its own process.
 
 What takes long and changes nothing for a program is done beside the imports, or while cells are served already, in
-children that no cell ever comes from: the list of fonts, and what the warm-up touches (`foresee`).
+children that no cell ever comes from: the list of fonts, and what the warm-up touches (`survey_pages`).
 
 What a cell costs is the memory of this process: page tables to copy, pages to copy when they are written. So small
 objects are gathered in one place while libraries are imported, the whole is moved into a sealed memfd afterwards
@@ -31,7 +31,7 @@ WARM = (5).to_bytes(4, sys.byteorder) + bytes(24)  # struct sbx_event
 PACKET = 1 << 18
 MT19937_BYTES = 624 * 4
 OWN_BYTES = 5_500_000  # of a parked cell that has a warm-up; a few hundred kilobytes more it has anyway
-FORESEE_SECONDS = 30
+SURVEY_SECONDS = 30
 MANY_OBJECTS = 50_000  # young ones that a collection waits for while libraries are imported: they keep what they make
 REFUSED = 20  # threads or mappings that an error names at most
 SPECIALISED = 8  # runs after which the interpreter has adapted a function's code (3.11: quickened after eight)
@@ -149,7 +149,7 @@ def renew_stdin() -> None:
         os.close(fd)
 
 
-def find_randomness(setting: "program.Setting") -> None:
+def find_randomness(state: "program.WarmState") -> None:
     """Have every random source that is loaded start anew in each cell.
 
     OpenSSL does so by itself: it compares pids, and a cell's is never the zygote's. numpy's legacy generator takes 150
@@ -157,7 +157,7 @@ def find_randomness(setting: "program.Setting") -> None:
     """
     modules = sys.modules
     if "random" in modules:
-        setting.reseed.append(modules["random"].seed)
+        state.reseed.append(modules["random"].seed)
     if "numpy.random" in modules:
         numpy_random = modules["numpy.random"]
         try:
@@ -167,9 +167,9 @@ def find_randomness(setting: "program.Setting") -> None:
             generator = numpy_random.mtrand._rand._bit_generator
             if name != "MT19937" or key.nbytes != MT19937_BYTES:
                 raise ValueError(name)
-            setting.states.append((generator.ctypes.state_address, key.nbytes))
+            state.states.append((generator.ctypes.state_address, key.nbytes))
         except (AttributeError, TypeError, ValueError):
-            setting.reseed.append(numpy_random.seed)
+            state.reseed.append(numpy_random.seed)
     if "tempfile" in modules:
         modules["tempfile"]._name_sequence = None  # type: ignore[attr-defined]
     if "uuid" in modules:
@@ -178,7 +178,7 @@ def find_randomness(setting: "program.Setting") -> None:
                 setattr(modules["uuid"], name, None)
 
 
-def foresee(survey: "Callable[[], bytes]") -> "tuple[int, int]":
+def survey_pages(survey: "Callable[[], bytes]") -> "tuple[int, int]":
     """Have a child find out by *survey* what cells will touch. Returns the child, and what _image.remember() reads that
     from; nothing comes when it is not to be had here, or takes too long.
     """
@@ -190,7 +190,7 @@ def foresee(survey: "Callable[[], bytes]") -> "tuple[int, int]":
             itself = os.open(f"/proc/self/fd/{os.pipe()[0]}", os.O_RDWR)
             for fd, number in ((null, 1), (null, 2), (itself, ENGINE), (null, NURSERY)):
                 os.dup2(fd, number)
-            sys.modules["_signal"].alarm(FORESEE_SECONDS)
+            sys.modules["_signal"].alarm(SURVEY_SECONDS)
             left = memoryview(survey())
             while left:
                 left = left[os.write(write, left) :]
@@ -200,7 +200,7 @@ def foresee(survey: "Callable[[], bytes]") -> "tuple[int, int]":
     return pid, read
 
 
-def main() -> "program.Setting | None":
+def main() -> "program.WarmState | None":
     """Prepare, report, serve. What the zygote found out in a cell, None in the zygote at its end."""
     config = json.loads(os.read(ENGINE, PACKET))
     filters = os.read(ENGINE, PACKET), os.read(ENGINE, PACKET)
@@ -208,7 +208,7 @@ def main() -> "program.Setting | None":
     fonts = list_fonts(config["preload"])
     if wants_memfd:
         _image.gather_heap()
-    setting = program.Setting(hooks)
+    state = program.WarmState(hooks)
     watch = inherited.Watch()
     usual, seldom = gc.get_threshold(), (MANY_OBJECTS, *gc.get_threshold()[1:])
     gc.set_threshold(*seldom)
@@ -216,7 +216,7 @@ def main() -> "program.Setting | None":
     if gc.get_threshold() == seldom:  # else a library has chosen its own
         gc.set_threshold(*usual)
     if config["warmup"] and config.get("rehearsal"):
-        setting.repeat(config["warmup"])
+        state.repeat(config["warmup"])
     # Streams exist before the fork and are the same objects after it, on other files.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a TextIOWrapper: nothing else has come yet
     renew_stdin()
@@ -224,7 +224,7 @@ def main() -> "program.Setting | None":
     sys.path_importer_cache.pop("/workspace", None)
     for name in ("_cell", "_image", "inherited", "program", "toolcalls"):
         del sys.modules[name]
-    find_randomness(setting)
+    find_randomness(state)
     os.register_at_fork = sys.modules["posix"].register_at_fork = real_register_at_fork  # type: ignore[attr-defined]
     kept = let_go()
     refuse("threads", watch.other_threads())
@@ -237,20 +237,20 @@ def main() -> "program.Setting | None":
     image = "memfd" if _image.share_heap(wants_memfd) else "anonymous"
     pages = 0
     if image == "memfd":
-        child, found = foresee(lambda: program.survey_cell(setting))
+        child, found = survey_pages(lambda: program.survey_cell(state))
         pages = _image.remember(found)
         os.close(found)
         os.waitpid(child, 0)
     landlock_abi = _cell.prepare(*filters, config["walls_down"])
     found = -1
-    if pages and setting.warmup:
+    if pages and state.warmup:
         most = config.get("own_bytes", OWN_BYTES) >> 12
-        _, found = foresee(lambda: program.survey_warmup(setting, most))
+        _, found = survey_pages(lambda: program.survey_warmup(state, most))
     say(
         {
             "ok": True,
             "landlock_abi": landlock_abi,
-            "kept": kept,
+            "open_fds": kept,
             "version": list(sys.version_info[:3]),
             "image": image,
             "pages": pages,
@@ -263,8 +263,8 @@ def main() -> "program.Setting | None":
         os.close(found)  # its child is reaped as cells are
         os.write(ENGINE, WARM)
         forked = _cell.serve(ENGINE, NURSERY)
-    setting.hurry = forked == IN_A_HURRY
-    return setting if forked else None
+    state.hurry = forked == IN_A_HURRY
+    return state if forked else None
 
 
 if __name__ == "__main__":

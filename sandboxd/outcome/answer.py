@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from sandboxd.outcome.collector import Collector
     from sandboxd.outcome.judge import Evidence
 
-__all__ = ["Answer", "answer", "is_unremarkable", "plainly"]
+__all__ = ["RunAnswer", "answer", "clean_exit_header", "hit_no_limit"]
 
-Answer = tuple[dict[str, Any], list[bytes], "Collected"]
+RunAnswer = tuple[dict[str, Any], list[bytes], "Collected"]
 """The header of ``Result.from_wire``, stdout and stderr, and the files, whose memfd is the holder's."""
 
 
@@ -30,7 +30,7 @@ def answer(
     warm: bool,
     isolation: dict[str, Any] | None,
     waited: float = 0.0,
-) -> Answer:
+) -> RunAnswer:
     """What *evidence* comes to. *seconds*: queued, set-up, run; for *waited* of the last the wall clock stood still."""
     out, out_dropped = outputs[0].kept()
     err, err_dropped = outputs[1].kept()
@@ -74,12 +74,12 @@ def answer(
     return header, [out, err], collected
 
 
-def is_unremarkable(counters: Counters) -> bool:
+def hit_no_limit(counters: Counters) -> bool:
     """Whether no limit was met, by the leaf's word."""
     return not (counters.oom_kills or counters.memory_limit_hits or counters.pids_limit_hits or counters.throttled_usec)
 
 
-def plainly(
+def clean_exit_header(
     identity: str,
     results: list[dict[str, Any]],
     counters: Counters,

@@ -20,7 +20,7 @@ from sandboxd.seccomp import profile as seccomp_profile
 from sandboxd.seccomp.bpf import check, compile, run
 from sandboxd.seccomp.cache import cached_compile, cached_layers
 from sandboxd.seccomp.layers import Layers, compile_layers
-from sandboxd.seccomp.rules import ALLOW, KILL, LOG, SUCCEED, Action, Answer, Arguments, Profile, Rule, Test, refuse
+from sandboxd.seccomp.rules import ALLOW, KILL, LOG, SUCCEED, Action, Arguments, Decision, Profile, Rule, Test, refuse
 from sandboxd.seccomp.syscalls import NAMES, NEWEST, NUMBERS
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ __all__ = [
     "LOG",
     "SUCCEED",
     "Action",
-    "Answer",
     "Arguments",
+    "Decision",
     "Layers",
     "Profile",
     "Rule",

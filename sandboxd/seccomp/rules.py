@@ -27,8 +27,8 @@ __all__ = [
     "SUCCEED",
     "WORD",
     "Action",
-    "Answer",
     "Arguments",
+    "Decision",
     "Operator",
     "Profile",
     "Rule",
@@ -181,7 +181,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Decision:
     """One thing that can happen to a call of a number, with registers for which it does.
 
     The registers are all ones but for the bits that the rules ask for: as descriptor, pointer, pid or flags that is a
@@ -252,12 +252,12 @@ class Profile:
                 return rule.action
         return self.default_action
 
-    def verdict(self, number: int) -> tuple[Answer, ...]:
+    def verdict(self, number: int) -> tuple[Decision, ...]:
         """Everything that can happen to *number*: an answer for each row, in order, with an example of arguments."""
         rows = self.rows(number & WORD)
         if not rows:
-            return (Answer(self.decide(number)),)
-        return tuple(Answer(row.action, _example(rows, index)) for index, row in enumerate(rows))
+            return (Decision(self.decide(number)),)
+        return tuple(Decision(row.action, _example(rows, index)) for index, row in enumerate(rows))
 
 
 def _reachable(rows: Iterable[Rule], default: Action) -> tuple[Rule, ...]:

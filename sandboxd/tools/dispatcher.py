@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from sandboxd.client.result import Result
     from sandboxd.client.sandbox import Sandbox
     from sandboxd.tools.code.attempts import Attempts
-    from sandboxd.tools.code.link import CodeRun
+    from sandboxd.tools.code.link import ToolCall
     from sandboxd.tools.code.review import Reviewer
     from sandboxd.tools.pipeline.approval import Approve
 
@@ -55,7 +55,7 @@ class _Call:
 
     __slots__ = ("begun", "caller", "given", "name", "plain", "run", "text", "tool")
 
-    def __init__(self, name: str, arguments: Any, caller: str, run: CodeRun | None) -> None:
+    def __init__(self, name: str, arguments: Any, caller: str, run: ToolCall | None) -> None:
         self.begun = time.monotonic()
         self.name = name
         self.caller = caller
@@ -216,7 +216,7 @@ class Dispatcher(Closing):
 
     # What code in a cell calls, through link.py
 
-    def _call_from_code(self, body: bytes, run: CodeRun, loop: asyncio.AbstractEventLoop | None = None) -> bytes:
+    def _call_from_code(self, body: bytes, run: ToolCall, loop: asyncio.AbstractEventLoop | None = None) -> bytes:
         """One call of the code of *run*: bytes in, bytes out, in a worker thread; never raises.
 
         *loop*, where the run belongs to an ``acall``, is where asynchronous tools run.
@@ -227,7 +227,7 @@ class Dispatcher(Closing):
             _LOG.exception("A call from code failed in the dispatcher.")
             return refusal("internal", "The call failed in the host program.", "Do not repeat it.").to_json().encode()
 
-    def _from_code(self, body: bytes, run: CodeRun, loop: asyncio.AbstractEventLoop | None) -> ToolResult:
+    def _from_code(self, body: bytes, run: ToolCall, loop: asyncio.AbstractEventLoop | None) -> ToolResult:
         call = _Call("", None, "code", run)
         try:
             self._check_open()

@@ -29,8 +29,8 @@ class Attack:
     is one of *opens*: else the row would prove nothing. That is ``done``, or the errno by which the kernel shows that a
     harmless wrong argument reached it. One of *absent* means that this kernel or its configuration has no such thing.
 
-    *one_id* is the outcome where all cells have the id of the engine's user, if another: an engine of an ordinary user
-    without subordinate ids, which the shipped policies refuse. docs/threat-model.md says what is promised then.
+    *single_id* is the outcome where all cells have the id of the engine's user, if another: an engine of an ordinary
+    user without subordinate ids, which the shipped policies refuse. docs/threat-model.md says what is promised then.
 
     Where no wall can be taken down to prove it, *alone* is empty and *why* says what stops it, or why it is not tried.
     """
@@ -43,7 +43,7 @@ class Attack:
     opens: tuple[str, ...] = ("done",)
     absent: tuple[str, ...] = ()
     why: str = ""
-    one_id: str = ""
+    single_id: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.alone) == bool(self.why):

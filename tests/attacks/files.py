@@ -90,7 +90,7 @@ ATTACKS = (
         'open("/etc/passwd", "a")',
         "EACCES",
         why="the root is sealed read-only by the nursery's set-up, before anything runs",
-        one_id="EROFS",
+        single_id="EROFS",
     ),
     Attack(
         "write-code",
@@ -105,7 +105,7 @@ ATTACKS = (
         'os.chmod("/code/main.py", 0o666)',
         "EPERM",
         {"ids": "EPERM"},
-        one_id="done",
+        single_id="done",
     ),
     Attack(
         "bait-write", "a file that everybody may write", 'os.open(BAIT + "/open.txt", os.O_WRONLY)', "EROFS", _BOUND
@@ -181,7 +181,7 @@ ATTACKS = (
         'open(BAIT + "/secret.txt")',
         "EACCES",
         why="its owner is not mapped, so even the mapped root is a stranger to it",
-        one_id="done",
+        single_id="done",
     ),
     Attack("bait-symlink-out", "a symlink to the host's passwords", 'open(BAIT + "/shadow")', "ENOENT", why=_HOST),
     Attack(

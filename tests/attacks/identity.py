@@ -100,7 +100,7 @@ ATTACKS = (
         'open("/tmp/x", "w").close()\nos.chown("/tmp/x", 0, 0)',
         "EPERM",
         {"ids": "EPERM"},
-        one_id="done",  # it is what the cell is already
+        single_id="done",  # it is what the cell is already
     ),
     Attack(
         "chown-other",
@@ -108,7 +108,7 @@ ATTACKS = (
         'open("/tmp/x", "w").close()\nos.chown("/tmp/x", 1, 1)',
         "EPERM",
         _DAC,
-        one_id="EINVAL",
+        single_id="EINVAL",
     ),
     Attack(
         "set-user-id",
@@ -120,7 +120,7 @@ ATTACKS = (
         """,
         "no-gain",
         why="no_new_privs is set by nursery and zygote already, bound trees are nosuid, and its owner is not mapped",
-        one_id="done",  # it was 0 before, and stays without a capability
+        single_id="done",  # it was 0 before, and stays without a capability
     ),
     Attack(
         "no-new-privs",

@@ -165,6 +165,6 @@ ATTACKS = (
         """,
         "EACCES",
         why="the socket's owner is not mapped, so even the mapped root is a stranger to it",
-        one_id="done" if landlock_abi() < 9 else "",  # from ABI 9 on Landlock refuses it
+        single_id="done" if landlock_abi() < 9 else "",  # from ABI 9 on Landlock refuses it
     ),
 )

@@ -99,7 +99,7 @@ def prompt(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def expected(row: Attack) -> str:
     """What *row* ends with in this mode."""
-    return row.one_id if ONE_ID and row.one_id else row.refusal
+    return row.single_id if ONE_ID and row.single_id else row.refusal
 
 
 @pytest.mark.kernel

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from sandboxd import Limits, Result, Sandbox, policy
-from sandboxd.client.leased import SOURCE_BYTES, Direct
+from sandboxd.client.leased import SOURCE_BYTES, LeasedCell
 from tests.client.test_sandbox_api import ENDLESS, in_child
 from tests.engine.test_crash import all_gone, named
 from tests.engine.test_parked import (
@@ -191,12 +191,12 @@ def test_a_program_is_run_once(warm: Sandbox, monkeypatch: pytest.MonkeyPatch, c
     """Whatever it ends with, and whenever: what was handed to a lent cell is not handed to another."""
     handed: list[str] = []
 
-    def start(self: Direct, *given: Any) -> None:
+    def start(self: LeasedCell, *given: Any) -> None:
         handed.append(self.identity)
         begin(self, *given)
 
-    begin = Direct.start
-    monkeypatch.setattr(Direct, "start", start)
+    begin = LeasedCell.start
+    monkeypatch.setattr(LeasedCell, "start", start)
     for _ in range(20):
         ready(warm)
         handed.clear()
@@ -487,15 +487,15 @@ def test_a_fork_in_the_middle_of_a_direct_run_takes_nothing_of_it_along(
 ) -> None:
     before = set(links())
     found: list[set[str]] = []
-    finish = Direct.finish
+    finish = LeasedCell.finish
 
-    def fork_and_finish(self: Direct, sock: Any) -> Result | None:
+    def fork_and_finish(self: LeasedCell, sock: Any) -> Result | None:
         found.append(set(in_child(links)) - before)
         return finish(self, sock)
 
     with Sandbox(pool=FIXED) as sandbox:
         ready(sandbox)
-        monkeypatch.setattr(Direct, "finish", fork_and_finish)
+        monkeypatch.setattr(LeasedCell, "finish", fork_and_finish)
         result = sandbox.run("print(1)")
         monkeypatch.undo()
         assert result.stdout == "1\n"
@@ -508,18 +508,18 @@ def test_a_fork_in_the_middle_of_a_direct_run_takes_nothing_of_it_along(
 CALLER: Final = """
 import os, sys, threading, time
 from sandboxd import Sandbox
-from sandboxd.client.leased import Direct
+from sandboxd.client.leased import LeasedCell
 sandbox = Sandbox()
 while sandbox.run("1").timings.queued_seconds:
     time.sleep(0.01)
 time.sleep(0.1)
-start = Direct.start
+start = LeasedCell.start
 def start_and_say(self, *given):
     start(self, *given)
     os.write(1, b"%d\\n" % sandbox._engine.pid)
     if sys.argv[2] == "at-once":
         os.kill(os.getpid(), 9)
-Direct.start = start_and_say
+LeasedCell.start = start_and_say
 sandbox.run(sys.argv[1])
 """
 

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from sandboxd._util import disposal
 from sandboxd.engine.clients import connection
 from sandboxd.engine.clients.connection import Connection
-from sandboxd.engine.fair_share import Share
+from sandboxd.engine.fair_share import FairShare
 from sandboxd.engine.held_time import HeldTime
 from sandboxd.errors import Busy, ConnectionLost, ProtocolError
 from sandboxd.protocol import packets as protocol
@@ -673,7 +673,7 @@ def test_who_sends_large_requests_in_a_row_stops_nobodys_clock(served: Served) -
 @pytest.mark.parametrize("free", [False, True])
 def test_a_uid_has_half_of_the_engines_time(free: bool) -> None:
     async def main() -> tuple[float, int]:
-        share = Share(free)
+        share = FairShare(free)
         until = time.monotonic() + 1
         spent = 0.0
         ticks = 0
@@ -754,8 +754,8 @@ def drive(
             return [{"id": "x" * length}]
 
         @staticmethod
-        def share(_: object) -> Share:
-            return Share(free=False)
+        def share(_: object) -> FairShare:
+            return FairShare(free=False)
 
     async def main() -> list[str]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -818,7 +818,7 @@ def test_whose_descriptors_cannot_be_closed_is_dropped(monkeypatch: pytest.Monke
     async def main() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
-            engine = types.SimpleNamespace(share=lambda _: Share(free=False), held=HeldTime())
+            engine = types.SimpleNamespace(share=lambda _: FairShare(free=False), held=HeldTime())
             one = Connection(cast("Engine", engine), theirs, {"uid": 1, "pid": 1}, cast("Any", None), False)
             protocol.send(ours, protocol.hello())
             await asyncio.wait_for(one.serve(), 5)

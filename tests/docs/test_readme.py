@@ -253,7 +253,9 @@ def test_life_of_a_cell_is_that_of_the_code() -> None:
 
 
 def test_walls_of_a_cell_are_in_the_order_of_the_code() -> None:
-    steps = re.findall(r"^    \{SBX_STAGE_(\w+), ", (ROOT / "native" / "inside" / "cell.c").read_text("utf-8"), re.MULTILINE)
+    steps = re.findall(
+        r"^    \{SBX_STAGE_(\w+), ", (ROOT / "native" / "inside" / "cell.c").read_text("utf-8"), re.MULTILINE
+    )
     rows = table_rows(ROOT / "docs" / "architecture.md", "| step")
 
     assert [row[0].strip("`") for row in rows] == steps

@@ -19,7 +19,7 @@ import pytest
 from sandboxd import AsyncSandbox, Limits, Policy, Sandbox
 from sandboxd.audit import log, reader
 from sandboxd.client import remote_log
-from sandboxd.engine.audit.recorder import Recording
+from sandboxd.engine.audit.recorder import AuditRecorder
 from sandboxd.engine.config import AuditSettings
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.policy import Audit
@@ -303,7 +303,7 @@ def test_a_tool_call_of_a_run_is_recorded_between_its_beginning_and_its_end(tmp_
     path = tmp_path / "audit.jsonl"
 
     async def run() -> None:
-        trail = Recording(AuditSettings(str(path)))
+        trail = AuditRecorder(AuditSettings(str(path)))
         trail.open()
 
         async def one() -> None:
@@ -335,7 +335,7 @@ def test_a_lock_on_the_record_holds_up_one_run_and_not_the_loop(
     path = tmp_path / "audit.jsonl"
 
     async def run() -> None:
-        trail = Recording(AuditSettings(str(path)))
+        trail = AuditRecorder(AuditSettings(str(path)))
         trail.open()
         owner = {"uid": 0, "pid": 1}
         async with trail.run("0a", _prepared(), _request(), {}, owner):
@@ -361,7 +361,7 @@ def test_a_lock_that_stays_refuses_runs_and_what_was_kept_is_written_when_it_goe
     path = tmp_path / "audit.jsonl"
 
     async def run() -> None:
-        trail = Recording(AuditSettings(str(path)))
+        trail = AuditRecorder(AuditSettings(str(path)))
         trail.open()
         owner = {"uid": 0, "pid": 1}
         async with trail.run("0a", _prepared(), _request(), {}, owner):
@@ -388,7 +388,7 @@ def test_a_run_that_the_engines_end_cut_short_has_an_end(tmp_path: Path) -> None
     path = tmp_path / "audit.jsonl"
 
     async def run() -> None:
-        trail = Recording(AuditSettings(str(path)))
+        trail = AuditRecorder(AuditSettings(str(path)))
         trail.open()
 
         async def one(code: str) -> None:
@@ -414,7 +414,7 @@ def test_a_run_whose_caller_leaves_while_it_is_written_has_both_records_or_none(
     code = "x" * 2_000_000
 
     async def run() -> None:
-        trail = Recording(AuditSettings(str(path)))
+        trail = AuditRecorder(AuditSettings(str(path)))
         trail.open()
 
         async def one(identity: str) -> None:

@@ -67,7 +67,7 @@ class Record(NamedTuple):
 
 
 class Listener:
-    """Hears all records, as a reader of the kernel's own multicast group: audit(7) needs no daemon for that."""
+    """CellEvents all records, as a reader of the kernel's own multicast group: audit(7) needs no daemon for that."""
 
     def __init__(self) -> None:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, host_facts.NETLINK_AUDIT)

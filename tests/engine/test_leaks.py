@@ -47,7 +47,7 @@ def writing(sandbox: Sandbox) -> Result:
     return sandbox.run(code, files={"in.txt": "x" * 10_000})
 
 
-def dying(sandbox: Sandbox) -> Result:
+def reaper(sandbox: Sandbox) -> Result:
     return sandbox.run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
 
 
@@ -69,7 +69,7 @@ KINDS: Final[list[tuple[Callable[[Sandbox], Result], str]]] = [
     (slow, "timeout"),
     (greedy, "memory"),
     (writing, "ok"),
-    (dying, "killed"),
+    (reaper, "killed"),
     (forking, "ok"),
     (ok, "ok"),
     (chatting, "ok"),

@@ -41,7 +41,7 @@ async def look(engine):
     filters = seccomp.cached_layers(seccomp.effective("default"))
     try:
         async with asyncio.timeout(10):
-            await zygote.prepare(ZygoteConfig(preload=(), warmup="", filters=filters, landlock_abi=1))
+            await zygote.activate(ZygoteConfig(preload=(), warmup="", filters=filters, landlock_abi=1))
     except Unavailable as error:
         return error.stage
     finally:
@@ -63,7 +63,7 @@ async def look(engine):
     await until(lambda: made.zygote.lost)
     try:
         async with asyncio.timeout(10):
-            await made.pool.lease({{**made.limits, **{limits}}})
+            await made.pool.acquire({{**made.limits, **{limits}}})
     except ZygoteLost:
         return "lost"
 """

@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from sandboxd import PolicyError, ProtocolError, Result, Sandbox
 from sandboxd.cgroup.reading import Counters, Reading, Role, Row
 from sandboxd.engine.cells.pool import PoolSettings
-from sandboxd.engine.cells.shape import BUILT_IN, same_shape
+from sandboxd.engine.cells.shape import BUILT_IN, same_spec
 from sandboxd.engine.cells.workspace import Collected
 from sandboxd.engine.runs.clock import Clock
 from sandboxd.limits import defaults
-from sandboxd.outcome.answer import answer, is_unremarkable, plainly
+from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Evidence, Finished
 from sandboxd.protocol import packets
@@ -246,9 +246,9 @@ def test_a_cell_serves_runs_whose_built_in_limits_are_its_own(name: str) -> None
     limits = defaults()
     value = limits[name]
     other = {**limits, name: None if value is not None else 1}
-    assert same_shape(limits, limits)
-    assert same_shape(limits, other) is (name not in BUILT_IN)
-    assert same_shape(other, limits) is (name not in BUILT_IN)
+    assert same_spec(limits, limits)
+    assert same_spec(limits, other) is (name not in BUILT_IN)
+    assert same_spec(other, limits) is (name not in BUILT_IN)
 
 
 # Counters
@@ -722,7 +722,7 @@ def test_the_plain_answer_is_the_answer(
 ) -> None:
     user, system, peak = usage
     counters = Counters(user + system, user, system, 0, peak, peak // 2, 0, 0, pids, 0)
-    assert is_unremarkable(counters)
+    assert hit_no_limit(counters)
     results = [{"mime": {"text/plain": text}} for text in texts]
     streams = (Collector(64), Collector(64))
     for stream, data in zip(streams, outputs, strict=True):
@@ -731,13 +731,13 @@ def test_the_plain_answer_is_the_answer(
     limits = {**defaults(), "wall_seconds": None, "cpu_seconds": None}
     evidence = Evidence(None, None, Finished(0, None, results, None), counters, limits, seconds[1])
     long, texts_kept, _ = answer("0" * 16, evidence, streams, Collected(), run, True, None)
-    assert plainly("0" * 16, results, counters, outputs, run) == long
+    assert clean_exit_header("0" * 16, results, counters, outputs, run) == long
     assert texts_kept == list(outputs)
 
 
 @pytest.mark.parametrize("field", ["oom_kills", "memory_limit_hits", "pids_limit_hits", "throttled_usec"])
 def test_a_limit_that_was_met_is_remarkable(field: str) -> None:
-    assert not is_unremarkable(replace(Counters(0, 0, 0, 0, 0, 0, 0, 0, 1, 0), **{field: 1}))
+    assert not hit_no_limit(replace(Counters(0, 0, 0, 0, 0, 0, 0, 0, 1, 0), **{field: 1}))
 
 
 def test_an_assembled_result_is_that_of_the_wire() -> None:
@@ -746,7 +746,7 @@ def test_an_assembled_result_is_that_of_the_wire() -> None:
     with Sandbox() as sandbox:
         isolation = sandbox.run("1").isolation
     assert isolation is not None
-    header = plainly("0" * 16, results, counters, (b"out", b"\xff"), (0.0, 0.1, 0.2))
+    header = clean_exit_header("0" * 16, results, counters, (b"out", b"\xff"), (0.0, 0.1, 0.2))
     wire = Result.from_wire({**header, "isolation": isolation.model_dump()}, b"out\xff")
     made = Result.assembled(header, (b"out", b"\xff"), isolation)
     assert made.to_dict() == wire.to_dict()

@@ -23,7 +23,7 @@ from sandboxd.cgroup import discover
 from sandboxd.errors import Unavailable
 from sandboxd.protocol import toolframes
 from sandboxd.tools.code import link
-from sandboxd.tools.code.link import CodeRun, Toolbox
+from sandboxd.tools.code.link import RunTools, ToolCall
 from sandboxd.tools.pipeline.running import NoThread
 from tests.support import daemons, leftovers
 
@@ -73,16 +73,16 @@ def refusal(code: str, message: str, hint: str = "") -> bytes:
     return json.dumps({"ok": False, "value": None, "error": error}).encode()
 
 
-def echo(body: bytes, run: CodeRun) -> bytes:
+def echo(body: bytes, run: ToolCall) -> bytes:
     arguments = json.loads(body)["arguments"]
     return answer(arguments.get("value"))
 
 
-def after_the_next() -> Callable[[bytes, CodeRun], bytes]:
+def after_the_next() -> Callable[[bytes, ToolCall], bytes]:
     """A tool whose call "slow" is answered when another one comes."""
     go = threading.Event()
 
-    def call(body: bytes, run: CodeRun) -> bytes:
+    def call(body: bytes, run: ToolCall) -> bytes:
         if json.loads(body)["arguments"]["value"] == "slow":
             go.wait(20)
         else:
@@ -92,21 +92,21 @@ def after_the_next() -> Callable[[bytes, CodeRun], bytes]:
     return call
 
 
-def all_together(count: int) -> Callable[[bytes, CodeRun], bytes]:
+def all_together(count: int) -> Callable[[bytes, ToolCall], bytes]:
     """A tool that answers when *count* calls of it are under way."""
     together = threading.Barrier(count)
 
-    def call(body: bytes, run: CodeRun) -> bytes:
+    def call(body: bytes, run: ToolCall) -> bytes:
         together.wait(20)
         return echo(body, run)
 
     return call
 
 
-def until(over: threading.Event) -> Callable[[bytes, CodeRun], bytes]:
+def until(over: threading.Event) -> Callable[[bytes, ToolCall], bytes]:
     """A tool that answers when *over* is set."""
 
-    def call(body: bytes, run: CodeRun) -> bytes:
+    def call(body: bytes, run: ToolCall) -> bytes:
         over.wait(25)
         return echo(body, run)
 
@@ -122,16 +122,16 @@ class Tools:
         self.runs: set[str | None] = set()
 
     def run(
-        self, code: str, call: Callable[[bytes, CodeRun], bytes] = echo, calls: int = 1000, **arguments: Any
+        self, code: str, call: Callable[[bytes, ToolCall], bytes] = echo, calls: int = 1000, **arguments: Any
     ) -> Result:
-        def noted(body: bytes, run: CodeRun) -> bytes:
+        def noted(body: bytes, run: ToolCall) -> bytes:
             self.seen.append(body)
             self.runs.add(run.id)
             return call(body, run)
 
-        return self.sandbox._run_with_tools(textwrap.dedent(code), Toolbox(MODULE, calls, noted), **arguments)
+        return self.sandbox._run_with_tools(textwrap.dedent(code), RunTools(MODULE, calls, noted), **arguments)
 
-    def says(self, code: str, *lines: str, call: Callable[[bytes, CodeRun], bytes] = echo, **arguments: Any) -> Result:
+    def says(self, code: str, *lines: str, call: Callable[[bytes, ToolCall], bytes] = echo, **arguments: Any) -> Result:
         result = self.run(code, call, **arguments)
         assert (result.status, result.stdout.splitlines()) == ("ok", list(lines)), result.stderr
         return result
@@ -327,7 +327,7 @@ def test_call_that_is_interrupted_while_it_is_sent_goes_out_whole(tools: Tools) 
 def test_answers_to_interrupted_calls_make_room_for_others(tools: Tools) -> None:
     go = threading.Event()
 
-    def slow(body: bytes, run: CodeRun) -> bytes:
+    def slow(body: bytes, run: ToolCall) -> bytes:
         if json.loads(body)["arguments"]["value"] == "slow":
             go.wait(20)
         return echo(body, run)
@@ -432,8 +432,8 @@ def test_large_result_without_room_for_its_file_arrives_all_the_same(tools: Tool
 # --- clocks -------------------------------------------------------------------------------------------------------
 
 
-def pause(seconds: float) -> Callable[[bytes, CodeRun], bytes]:
-    def call(body: bytes, run: CodeRun) -> bytes:
+def pause(seconds: float) -> Callable[[bytes, ToolCall], bytes]:
+    def call(body: bytes, run: ToolCall) -> bytes:
         threading.Event().wait(seconds)
         return echo(body, run)
 
@@ -514,7 +514,7 @@ time.sleep(0.02)
 
 @pytest.mark.cgroup
 def test_cell_stands_still_while_an_approval_is_asked_for(tools: Tools) -> None:
-    def ask(body: bytes, run: CodeRun) -> bytes:
+    def ask(body: bytes, run: ToolCall) -> bytes:
         with run.frozen():
             threading.Event().wait(0.6)
         return echo(body, run)
@@ -526,7 +526,7 @@ def test_cell_stands_still_while_an_approval_is_asked_for(tools: Tools) -> None:
 
 @pytest.mark.cgroup
 def test_frozen_cell_uses_no_cpu(tools: Tools) -> None:
-    def ask(body: bytes, run: CodeRun) -> bytes:
+    def ask(body: bytes, run: ToolCall) -> bytes:
         with run.frozen():
             threading.Event().wait(1)
         return echo(body, run)
@@ -547,7 +547,7 @@ def test_frozen_cell_uses_no_cpu(tools: Tools) -> None:
 def test_approvals_may_overlap(tools: Tools) -> None:
     together = threading.Barrier(3)
 
-    def ask(body: bytes, run: CodeRun) -> bytes:
+    def ask(body: bytes, run: ToolCall) -> bytes:
         together.wait(20)
         with run.frozen():
             together.wait(20)
@@ -563,7 +563,7 @@ def test_approvals_may_overlap(tools: Tools) -> None:
 
 @pytest.mark.cgroup
 def test_call_is_frozen_once(tools: Tools) -> None:
-    def ask(body: bytes, run: CodeRun) -> bytes:
+    def ask(body: bytes, run: ToolCall) -> bytes:
         for _ in range(2):
             with run.frozen():
                 pass
@@ -582,7 +582,7 @@ def test_call_is_frozen_once(tools: Tools) -> None:
 def test_approval_that_does_not_come_ends_the_run(tools: Tools) -> None:
     over = threading.Event()
 
-    def ask(body: bytes, run: CodeRun) -> bytes:
+    def ask(body: bytes, run: ToolCall) -> bytes:
         with run.frozen():
             over.wait(25)
         return echo(body, run)
@@ -599,7 +599,7 @@ def test_run_that_is_over_is_not_frozen_any_more(tools: Tools) -> None:
     over = threading.Event()
     asked = threading.Event()
 
-    def late(body: bytes, run: CodeRun) -> bytes:
+    def late(body: bytes, run: ToolCall) -> bytes:
         over.wait(25)
         try:
             with run.frozen():
@@ -619,7 +619,7 @@ def test_run_that_is_over_is_not_frozen_any_more(tools: Tools) -> None:
 def test_large_answer_beside_an_approval_does_not_lock_the_run_up(tools: Tools) -> None:
     frozen = threading.Event()
 
-    def mixed(body: bytes, run: CodeRun) -> bytes:
+    def mixed(body: bytes, run: ToolCall) -> bytes:
         if json.loads(body)["arguments"]["value"] == "ask":
             with run.frozen():
                 frozen.set()
@@ -643,7 +643,7 @@ def test_large_answer_beside_an_approval_does_not_lock_the_run_up(tools: Tools) 
 def test_program_that_ends_while_it_is_to_be_frozen_holds_no_thread(sandbox: Sandbox) -> None:
     failed: list[BaseException] = []
 
-    def ask(body: bytes, run: CodeRun) -> bytes:
+    def ask(body: bytes, run: ToolCall) -> bytes:
         try:
             with run.frozen():
                 pass
@@ -666,7 +666,7 @@ def test_program_that_ends_while_it_is_to_be_frozen_holds_no_thread(sandbox: San
 def test_yes_for_a_program_that_is_gone_is_none(tools: Tools) -> None:
     over, outcome, told = threading.Event(), [], threading.Event()
 
-    def ask(body: bytes, run: CodeRun) -> bytes:
+    def ask(body: bytes, run: ToolCall) -> bytes:
         try:
             with run.frozen():
                 over.wait(20)
@@ -748,7 +748,7 @@ FORGED = [
 def test_forged_frame_is_not_passed_on_and_nothing_is_heard_after_it(tools: Tools, forged: str) -> None:
     over = threading.Event()
 
-    def hold(body: bytes, run: CodeRun) -> bytes:
+    def hold(body: bytes, run: ToolCall) -> bytes:
         if b"hold" in body:
             over.wait(25)
         return answer(None)
@@ -896,7 +896,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("garbage", [pytest.param(data, id=name) for name, data in GARBAGE])
 def test_garbage_of_the_host_ends_its_tools_and_not_the_run(tools: Tools, garbage: bytes) -> None:
-    def send(body: bytes, run: CodeRun) -> bytes:
+    def send(body: bytes, run: ToolCall) -> bytes:
         assert run.run._sock is not None
         run.run._sock.send(garbage)
         return answer("too late")
@@ -912,7 +912,7 @@ def test_garbage_of_the_host_ends_its_tools_and_not_the_run(tools: Tools, garbag
 
 
 def test_half_an_answer_is_replaced_when_the_host_leaves(tools: Tools) -> None:
-    def half(body: bytes, run: CodeRun) -> bytes:
+    def half(body: bytes, run: ToolCall) -> bytes:
         assert run.run._sock is not None
         run.run._sock.send(toolframes.frame(toolframes.ANSWER, 1, PART, total=200_000))
         run.run.end()
@@ -931,7 +931,7 @@ def test_half_an_answer_is_replaced_when_the_host_leaves(tools: Tools) -> None:
 def test_call_is_not_answered_before_it_is_whole(sandbox: Sandbox, kind: int) -> None:
     spoken = threading.Event()
 
-    class Early(Toolbox):
+    class Early(RunTools):
         def begin(self, fd: int, run: str) -> None:
             self.sock = socket.socket(fileno=fd)
             threading.Thread(target=self.speak, daemon=True).start()
@@ -965,7 +965,7 @@ print(answers()[0]["error"]["code"])
 
 
 def test_answers_may_not_be_mixed(tools: Tools) -> None:
-    def mixed(body: bytes, run: CodeRun) -> bytes:
+    def mixed(body: bytes, run: ToolCall) -> bytes:
         assert run.run._sock is not None
         run.run._sock.send(toolframes.frame(toolframes.ANSWER, 1, PART, total=200_000))
         return answer("in between")
@@ -986,7 +986,7 @@ def test_answers_may_not_be_mixed(tools: Tools) -> None:
     tools.says(code, "['unavailable', 'unavailable']", call=mixed)
 
 
-class Deaf(Toolbox):
+class Deaf(RunTools):
     """A host that takes the socket and never reads it."""
 
     def begin(self, fd: int, run: str) -> None:
@@ -1006,14 +1006,14 @@ def test_host_that_never_reads_holds_up_nothing_but_its_run(sandbox: Sandbox) ->
 
 def test_text_of_the_tools_is_bounded(sandbox: Sandbox) -> None:
     with pytest.raises(ProtocolError, match="out of bounds"):
-        sandbox._run_with_tools("1", Toolbox("#" * (toolframes.MODULE_BYTES + 1), 1, echo))
+        sandbox._run_with_tools("1", RunTools("#" * (toolframes.MODULE_BYTES + 1), 1, echo))
 
 
 # --- the host's program -------------------------------------------------------------------------------------------
 
 
 def test_host_that_closes_its_end_leaves_calls_unavailable(sandbox: Sandbox) -> None:
-    def leave(body: bytes, run: CodeRun) -> bytes:
+    def leave(body: bytes, run: ToolCall) -> bytes:
         run.run.end()
         return b""
 
@@ -1031,7 +1031,7 @@ HOST = """
 import sys, threading
 sys.path.insert(0, sys.argv[1])
 from sandboxd import Sandbox
-from sandboxd.tools.code.link import Toolbox
+from sandboxd.tools.code.link import RunTools
 from tests.engine.test_tool_calls import MODULE
 def hang(body, run):
     print("called", flush=True)
@@ -1042,7 +1042,7 @@ def hang(body, run):
     threading.Event().wait(60)
 sandbox = Sandbox()
 print(sandbox._engine.pid, flush=True)
-sandbox._run_with_tools("tools.echo(1)", Toolbox(MODULE, 10, hang))
+sandbox._run_with_tools("tools.echo(1)", RunTools(MODULE, 10, hang))
 """
 
 
@@ -1098,7 +1098,7 @@ def test_async_sandbox_has_tools_too() -> None:
 
     async def main() -> Result:
         async with AsyncSandbox() as sandbox:
-            return await sandbox._run_with_tools("tools.echo(6) * 7", Toolbox(MODULE, 5, echo))
+            return await sandbox._run_with_tools("tools.echo(6) * 7", RunTools(MODULE, 5, echo))
 
     assert asyncio.run(main()).results[0].mime["text/plain"] == "42"
 

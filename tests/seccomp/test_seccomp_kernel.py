@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from sandboxd.seccomp import Answer, Profile
+    from sandboxd.seccomp import Decision, Profile
 
 pytestmark = pytest.mark.kernel
 
@@ -90,7 +90,7 @@ def answers(program: bytes, calls: Sequence[tuple[int, tuple[int, ...]]]) -> lis
     return found
 
 
-def sweep(profile: Profile) -> list[tuple[int, Answer]]:
+def sweep(profile: Profile) -> list[tuple[int, Decision]]:
     """Every number from 0 to 600, with each thing that can happen to it."""
     return [(number, answer) for number in range(601) for answer in profile.verdict(number)]
 

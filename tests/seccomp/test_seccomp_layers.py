@@ -48,7 +48,7 @@ from tests.seccomp.test_seccomp_program import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from sandboxd.seccomp import Answer
+    from sandboxd.seccomp import Decision
 
 NATIVE = Path(__file__).resolve().parents[2] / "native"
 OCI = Path(__file__).parents[1] / "fixtures" / "seccomp" / "engine.json"
@@ -365,7 +365,7 @@ def under_both(layers: Layers, work: Callable[[int], None]) -> tuple[bytes, int]
     return in_child(layers.inherited, upper)
 
 
-def answers(layers: Layers, calls: Sequence[tuple[int, Answer]]) -> list[int]:
+def answers(layers: Layers, calls: Sequence[tuple[int, Decision]]) -> list[int]:
     """The errno of each call, made one after the other under both layers."""
 
     def work(writer: int) -> None:
@@ -378,7 +378,7 @@ def answers(layers: Layers, calls: Sequence[tuple[int, Answer]]) -> list[int]:
     return found
 
 
-def sweep(profile: Profile) -> list[tuple[int, Answer]]:
+def sweep(profile: Profile) -> list[tuple[int, Decision]]:
     return [
         (number, possible)
         for number in range(NEWEST + 64)

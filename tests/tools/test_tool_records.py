@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from sandboxd.tools.code.link import CodeRun
+    from sandboxd.tools.code.link import ToolCall
 
 
 class Recorded(Tools):
@@ -108,7 +108,7 @@ print(answers()[0]["error"]["code"])
 def test_long_values_are_excerpts_with_length_and_hash(recorded: Recorded) -> None:
     bodies: list[bytes] = []
 
-    def long(body: bytes, run: CodeRun) -> bytes:
+    def long(body: bytes, run: ToolCall) -> bytes:
         bodies.append(body)
         return answer("y" * 200_000)
 

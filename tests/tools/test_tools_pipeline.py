@@ -29,7 +29,7 @@ from pydantic import BaseModel
 from sandboxd.audit import AuditLog
 from sandboxd.errors import Unavailable
 from sandboxd.tools import CODES, Budget, Dispatcher, Tool, ToolError, ToolResult, tool
-from sandboxd.tools.code.link import CodeRun, Toolbox
+from sandboxd.tools.code.link import RunTools, ToolCall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -61,10 +61,10 @@ def how(dispatcher: Dispatcher, mode: str, name: str, arguments: Any, caller: st
 both = pytest.mark.parametrize("mode", ["call", "acall"])
 
 
-class Frozen(CodeRun):
+class Frozen(ToolCall):
     """A call of a run whose cell freezes, or does not, and says so."""
 
-    def __init__(self, run: Toolbox, error: Exception | None = None) -> None:
+    def __init__(self, run: RunTools, error: Exception | None = None) -> None:
         super().__init__(run, 1)
         self.log: list[str] = []
         self._error = error
@@ -78,13 +78,13 @@ class Frozen(CodeRun):
         self.log.append("thawed")
 
 
-def toolbox() -> Toolbox:
-    made = Toolbox("", 1000, lambda _body, _run: b"")
+def toolbox() -> RunTools:
+    made = RunTools("", 1000, lambda _body, _run: b"")
     made.id = "run-1"
     return made
 
 
-def from_code(dispatcher: Dispatcher, name: Any, arguments: Any, run: CodeRun | None = None) -> dict[str, Any]:
+def from_code(dispatcher: Dispatcher, name: Any, arguments: Any, run: ToolCall | None = None) -> dict[str, Any]:
     body = json.dumps({"tool": name, "arguments": arguments}).encode()
     answer: dict[str, Any] = json.loads(dispatcher._call_from_code(body, run or Frozen(toolbox())))
     assert answer.keys() == {"ok", "value", "error"}
@@ -267,8 +267,8 @@ def test_a_budget_for_one_tool() -> None:
 def test_a_budget_for_each_run() -> None:
     first, second = toolbox(), toolbox()
     with Dispatcher([echo], budget=Budget(calls_per_run=2)) as dispatcher:
-        answers = [from_code(dispatcher, "echo", {}, CodeRun(first, number)) for number in range(3)]
-        assert from_code(dispatcher, "echo", {}, CodeRun(second, 1))["ok"]
+        answers = [from_code(dispatcher, "echo", {}, ToolCall(first, number)) for number in range(3)]
+        assert from_code(dispatcher, "echo", {}, ToolCall(second, 1))["ok"]
         assert dispatcher.call("echo", {}).ok
     assert [answer["ok"] for answer in answers] == [True, True, False]
     assert answers[2]["error"]["code"] == "budget_exceeded"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from sandboxd.engine.cells.active_policy import LIKELY, essence
+from sandboxd.engine.cells.active_policy import DEFAULT_POLICY, zygote_key
 from sandboxd.engine.config import EngineConfig, host_memory_bytes
 from sandboxd.errors import PolicyError
 from sandboxd.policy import load
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def test_what_an_engine_makes_ready_early_is_the_shipped_default_policy() -> None:
-    assert load("default").plain() == LIKELY
+    assert load("default").plain() == DEFAULT_POLICY
 
 
 def test_name_and_limits_do_not_make_another_zygote() -> None:
     other = load("default").plain()
     other["name"], other["limits"] = "mine", {}
-    assert essence(other) == essence(LIKELY)
-    assert essence(load("data").plain()) != essence(LIKELY)
+    assert zygote_key(other) == zygote_key(DEFAULT_POLICY)
+    assert zygote_key(load("data").plain()) != zygote_key(DEFAULT_POLICY)
 
 
 @pytest.mark.parametrize(

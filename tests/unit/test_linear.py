@@ -34,7 +34,7 @@ from sandboxd.client.result import ProgramError, Result, RichResult
 from sandboxd.engine.audit.tool_calls import CallRecords
 from sandboxd.engine.cells.workspace import collect
 from sandboxd.engine.clients import connection
-from sandboxd.engine.runs.tool_relay import ToolLink
+from sandboxd.engine.runs.tool_relay import ToolRelay
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import parse_finished
 from sandboxd.protocol import packets as protocol
@@ -45,7 +45,7 @@ from sandboxd.tools import tool
 from sandboxd.tools.code import pictures, view
 from sandboxd.tools.code.advice import Surroundings, advice
 from sandboxd.tools.code.kept import Kept
-from sandboxd.tools.code.link import Toolbox
+from sandboxd.tools.code.link import RunTools
 from sandboxd.tools.pipeline.recording import ToolCalled
 from sandboxd.tools.schema import stubs, values
 from sandboxd.tools.schema.annotations import Names
@@ -359,7 +359,7 @@ def called(packets: list[bytes]) -> object:
 
     async def link() -> None:
         quiet = cast("Any", Quiet())
-        made = ToolLink(quiet, quiet, 1_000_000, quiet, CallRecords(lambda _: None))
+        made = ToolRelay(quiet, quiet, 1_000_000, quiet, CallRecords(lambda _: None))
         host = socket.socket(fileno=made.take_theirs())
         host.setblocking(False)
         try:
@@ -377,7 +377,7 @@ def called(packets: list[bytes]) -> object:
 
 def heard(packets: list[bytes]) -> object:
     """The same packets in the host's program."""
-    box = Toolbox("", 1, lambda body, _: body)
+    box = RunTools("", 1, lambda body, _: body)
     for packet in packets:
         box._take(packet)
     return None
@@ -647,7 +647,7 @@ ROWS: list[tuple[str, Callable[[int], Any], Callable[[Any], object], int]] = [
     (
         "pictures: answers",
         lambda n: [
-            forms.Answer(
+            forms.Event(
                 forms.Call("chat", "1", "x", {}, "model"), "", False, [pictures.Picture("x", "image/png", bytes(n))]
             )
         ],

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sandboxd.audit.log import AuditError, AuditLog
 from sandboxd.audit.record import capped, policy_sha256
 from sandboxd.audit.redact import Redactor
-from sandboxd.engine.audit.sink import Trail
+from sandboxd.engine.audit.sink import AuditSink
 from sandboxd.engine.audit.tool_calls import CallRecords
 from sandboxd.errors import SandboxError, Unavailable
 from sandboxd.limits import value_of
@@ -28,13 +28,13 @@ from sandboxd.limits import value_of
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
-    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.config import AuditSettings
     from sandboxd.limits import LimitValue
-    from sandboxd.outcome.answer import Answer
+    from sandboxd.outcome.answer import RunAnswer
     from sandboxd.protocol.run_header import Run
 
-__all__ = ["Recording", "unavailable"]
+__all__ = ["AuditRecorder", "unavailable"]
 
 log = logging.getLogger("sandboxd.engine")
 
@@ -58,7 +58,7 @@ _FIXES: Final = {
 }
 
 
-class Recording(Trail):
+class AuditRecorder(AuditSink):
     """Into the file of *settings*."""
 
     def __init__(self, settings: AuditSettings) -> None:
@@ -105,11 +105,11 @@ class Recording(Trail):
     async def run(
         self,
         identity: str,
-        prepared: Prepared,
+        prepared: ActivePolicy,
         request: Run,
         limits: Mapping[str, LimitValue],
         owner: Mapping[str, Any],
-    ) -> AsyncIterator[Callable[[Answer], None]]:
+    ) -> AsyncIterator[Callable[[RunAnswer], None]]:
         """Around one run, from its admission on: records its beginning, and however it ends. What it gives is to be
         told the answer. Raises Unavailable when the beginning cannot be recorded: then it must not begin.
         """
@@ -124,7 +124,7 @@ class Recording(Trail):
             append(wait=wait)
             begun = True
 
-        def tell(answer: Answer) -> None:
+        def tell(answer: RunAnswer) -> None:
             nonlocal ended
             ended = True
             self._end(identity, _outcome(*answer))
@@ -157,7 +157,7 @@ class Recording(Trail):
                     return
             await _in_thread(functools.partial(begin, True))
 
-    async def busy(self, identity: str, prepared: Prepared, request: Run, owner: Mapping[str, Any]) -> None:
+    async def busy(self, identity: str, prepared: ActivePolicy, request: Run, owner: Mapping[str, Any]) -> None:
         """A run was turned away before it began."""
         if self._log is not None:
             base = await self._base(identity, prepared, owner)
@@ -165,7 +165,7 @@ class Recording(Trail):
             self._append({**base, "event": "run_ended", "status": "busy", "code_bytes": size}, Redactor())
 
     def calls(self, identity: str) -> CallRecords:
-        """As ``Trail``."""
+        """As ``AuditSink``."""
         return CallRecords(functools.partial(self.tool, identity))
 
     def tool(self, identity: str, record: Mapping[str, Any]) -> None:
@@ -202,7 +202,7 @@ class Recording(Trail):
                 self._log.flush(wait=False)
             self._later()
 
-    async def _base(self, identity: str, prepared: Prepared, owner: Mapping[str, Any]) -> dict[str, Any]:
+    async def _base(self, identity: str, prepared: ActivePolicy, owner: Mapping[str, Any]) -> dict[str, Any]:
         """What every record of a run begins with."""
         uid = owner.get("uid")
         if isinstance(uid, int) and uid not in self._names:

@@ -9,16 +9,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
 
     from sandboxd.engine.audit.tool_calls import CallRecords
-    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.config import AuditSettings
     from sandboxd.limits import LimitValue
-    from sandboxd.outcome.answer import Answer
+    from sandboxd.outcome.answer import RunAnswer
     from sandboxd.protocol.run_header import Run
 
-__all__ = ["Trail", "trail"]
+__all__ = ["AuditSink", "trail"]
 
 
-class Trail:
+class AuditSink:
     """Of an engine that records nothing."""
 
     path: str | None = None
@@ -34,17 +34,17 @@ class Trail:
     async def run(
         self,
         identity: str,
-        prepared: Prepared,
+        prepared: ActivePolicy,
         request: Run,
         limits: Mapping[str, LimitValue],
         owner: Mapping[str, Any],
-    ) -> AsyncIterator[Callable[[Answer], None]]:
+    ) -> AsyncIterator[Callable[[RunAnswer], None]]:
         """Around one run, from its admission on: records its beginning, and however it ends. What it gives is to be
         told the answer. Raises Unavailable when the beginning cannot be recorded: then it must not begin.
         """
         yield _nothing
 
-    async def busy(self, identity: str, prepared: Prepared, request: Run, owner: Mapping[str, Any]) -> None:
+    async def busy(self, identity: str, prepared: ActivePolicy, request: Run, owner: Mapping[str, Any]) -> None:
         """A run was turned away before it began."""
 
     def calls(self, identity: str) -> CallRecords | None:
@@ -57,14 +57,14 @@ class Trail:
         """
 
 
-def trail(settings: AuditSettings | None) -> Trail:
+def trail(settings: AuditSettings | None) -> AuditSink:
     """The one that *settings* ask for; not open yet."""
     if settings is None:
-        return Trail()
-    from sandboxd.engine.audit.recorder import Recording
+        return AuditSink()
+    from sandboxd.engine.audit.recorder import AuditRecorder
 
-    return Recording(settings)
+    return AuditRecorder(settings)
 
 
-def _nothing(_answer: Answer) -> None:
+def _nothing(_answer: RunAnswer) -> None:
     """It is told to nobody."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sandboxd import seccomp
 from sandboxd.cgroup import NoInstance
 from sandboxd.engine.cells.pool import Pool
-from sandboxd.engine.cells.zygote import INSIDE, Zygote, ZygoteBody, ZygoteConfig
+from sandboxd.engine.cells.zygote import INSIDE, Zygote, ZygoteConfig, ZygoteSpec
 from sandboxd.errors import PolicyError, Unavailable
 from sandboxd.kernel.stages import Stage
 from sandboxd.limits import defaults
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.core import Engine
     from sandboxd.limits import LimitValue
 
-__all__ = ["LIKELY", "WALLS", "Bodies", "Prepared", "essence", "prepare"]
+__all__ = ["DEFAULT_POLICY", "WALLS", "ActivePolicy", "ZygotePool", "prepare", "zygote_key"]
 
 NAMESPACES: Final = ["user", "pid", "mount", "network", "ipc", "uts", "cgroup"]
 SCOPES_ABI: Final = 6
@@ -51,7 +51,7 @@ program could be run without them.
 
 
 @dataclass(slots=True)
-class Prepared:
+class ActivePolicy:
     """One policy in force. *receipt* says, for a slot, what surrounded a run."""
 
     name: str
@@ -72,7 +72,7 @@ class Prepared:
         self.pool = Pool(self.engine, self)
 
     def rename(self, plain: dict[str, Any]) -> None:
-        """Serve the policy *plain*, of the same essence, from now on; before the pool is open."""
+        """Serve the policy *plain*, of the same zygote_key, from now on; before the pool is open."""
         self.name, self.plain, self.limits = plain["name"], plain, dict(plain["limits"])
         self.pool = Pool(self.engine, self)
 
@@ -102,7 +102,7 @@ class Prepared:
         return receipt
 
 
-LIKELY: Final[dict[str, Any]] = {
+DEFAULT_POLICY: Final[dict[str, Any]] = {
     "name": "default",
     "runtime": {"language": "python", "interpreter": None, "preload": [], "warmup": ""},
     "limits": defaults(),
@@ -115,12 +115,12 @@ LIKELY: Final[dict[str, Any]] = {
 """The shipped default policy as plain values, for an engine that has not been told its policy yet."""
 
 
-def essence(plain: dict[str, Any]) -> dict[str, Any]:
+def zygote_key(plain: dict[str, Any]) -> dict[str, Any]:
     """What of a policy makes its zygote: not its name, its limits, or what its audit records leave out."""
     return {key: value for key, value in plain.items() if key not in ("name", "limits", "audit")}
 
 
-class Bodies:
+class ZygotePool:
     """Zygotes that run and wait for a policy, and the plans of their roots: the host is looked at once for each
     interpreter.
     """
@@ -130,10 +130,10 @@ class Bodies:
         if unknown:
             raise ValueError(f"no such wall: {', '.join(sorted(unknown))}")
         self._engine = engine
-        self._bodies: dict[Interpreter, ZygoteBody] = {}
+        self._bodies: dict[Interpreter, ZygoteSpec] = {}
         self._early: dict[Interpreter, Zygote] = {}
 
-    def foresee(self, python: Interpreter) -> None:
+    def prestart(self, python: Interpreter) -> None:
         """Start a zygote for *python* before it is asked for. Raises Unavailable."""
         self._early[python] = self._spawn(python)
 
@@ -150,7 +150,7 @@ class Bodies:
     def _spawn(self, python: Interpreter) -> Zygote:
         return Zygote.spawn(self._body(python), self._engine.ids, self._engine.instance)
 
-    def _body(self, python: Interpreter) -> ZygoteBody:
+    def _body(self, python: Interpreter) -> ZygoteSpec:
         found = self._bodies.get(python)
         if found is None:
             down = self._engine.config.walls_down
@@ -164,11 +164,11 @@ class Bodies:
                     plan.Op(op.kind, op.target, op.source, op.data, op.mode, op.flags & ~plan.RDONLY)
                     for op in operations
                 ]
-            found = self._bodies[python] = ZygoteBody(python, operations, "userns-limit" in down)
+            found = self._bodies[python] = ZygoteSpec(python, operations, "userns-limit" in down)
         return found
 
 
-async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
+async def prepare(engine: Engine, plain: dict[str, Any]) -> ActivePolicy:
     """Bring *plain* (``Policy.plain()``) into force. Raises Unavailable, PolicyError."""
     down = frozenset(engine.config.walls_down)
     runtime, wanted = plain["runtime"], plain["require"]
@@ -196,7 +196,7 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
         filters = await asyncio.to_thread(functools.partial(seccomp.compile_layers, profile, marker_errno=marker))
     zygote = engine.bodies.take(python)
     try:
-        await zygote.prepare(
+        await zygote.activate(
             ZygoteConfig(
                 preload=runtime["preload"],
                 warmup=runtime["warmup"],
@@ -216,14 +216,14 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> Prepared:
     missing += [f"cgroup: {what}" for what in engine.instance.facts()["missing"]]
     if shared is not None:
         missing.append("own uid: all cells have the id of the engine's user, and its supplementary groups")
-    missing += zygote.kept
+    missing += zygote.unmet
     if zygote.landlock_abi == 0:
         missing.append("landlock")
     elif zygote.landlock_abi < SCOPES_ABI:
         missing.append("landlock scopes for signals and abstract sockets (ABI 6, Linux 6.12)")
         if zygote.landlock_abi < NETWORK_ABI:
             missing.append("landlock network rights (ABI 4, Linux 6.7)")
-    return Prepared(
+    return ActivePolicy(
         name=plain["name"],
         plain=plain,
         zygote=zygote,

@@ -41,13 +41,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sandboxd.cgroup import Leaf
-    from sandboxd.engine.cells.active_policy import Prepared
-    from sandboxd.engine.cells.shape import Shape
+    from sandboxd.engine.cells.active_policy import ActivePolicy
+    from sandboxd.engine.cells.shape import CellSpec
     from sandboxd.engine.cells.slots import Slot
     from sandboxd.engine.cells.zygote import CellFds
     from sandboxd.engine.core import Engine
 
-__all__ = ["Cell", "Keeper", "Rider"]
+__all__ = ["Cell", "CellOwner", "RunEvents"]
 
 log = logging.getLogger("sandboxd.engine")
 
@@ -62,7 +62,7 @@ _PARKED: Final = b"P"
 _room: Final = bytearray(channel.FRAME_BYTES)
 
 
-class Keeper(Protocol):
+class CellOwner(Protocol):
     """Who had a cell made and holds it until a run takes it."""
 
     def sealed(self, cell: Cell) -> None:
@@ -78,7 +78,7 @@ class Keeper(Protocol):
         """Its slot was given back."""
 
 
-class Rider(Protocol):
+class RunEvents(Protocol):
     """The run that has a cell. Told in the engine's loop."""
 
     def spoke(self, data: bytes) -> None:
@@ -101,36 +101,36 @@ class Rider(Protocol):
 
 
 class Cell:
-    """Made by ``make``; then its keeper's until ``ride``, then its run's until ``let_go``."""
+    """Made by ``make``; then its keeper's until ``attach``, then its run's until ``let_go``."""
 
     __slots__ = (
         "_engine",
-        "_keeper",
+        "_events",
         "_loop",
+        "_owner",
         "_poll",
         "_refused",
-        "_rider",
         "_source",
         "_watched",
         "alarm",
         "channel",
+        "death_waiters",
         "ended_at",
         "fds",
         "is_parked",
         "life",
         "made_at",
-        "mourners",
         "prepared",
         "shape",
         "slot",
         "wait",
     )
 
-    def __init__(self, engine: Engine, prepared: Prepared, shape: Shape, keeper: Keeper) -> None:
+    def __init__(self, engine: Engine, prepared: ActivePolicy, shape: CellSpec, owner: CellOwner) -> None:
         self._engine = engine
-        self._keeper: Keeper = keeper
+        self._owner: CellOwner = owner
         self._loop = asyncio.get_running_loop()
-        self._rider: Rider | None = None
+        self._events: RunEvents | None = None
         self._refused: Unavailable | None = None
         self._source = self.alarm = -1
         self._watched: dict[int, int] = {}
@@ -144,7 +144,7 @@ class Cell:
         self.is_parked = False
         self.made_at = self.ended_at = 0.0
         self.wait: tuple[int, int] | None = None
-        self.mourners: list[asyncio.Future[None]] = []
+        self.death_waiters: list[asyncio.Future[None]] = []
 
     # Making
 
@@ -180,7 +180,7 @@ class Cell:
             raise
 
     def made(self, fds: CellFds) -> None:
-        """As ``zygote.Hears``."""
+        """As ``zygote.CellEvents``."""
         self.fds = fds
         self._engine.crowded = fds.channel > self._engine.descriptors - SPARE_DESCRIPTORS  # the lowest free numbers
         if self.life.on(Event.MADE) is State.ENDING:
@@ -197,16 +197,16 @@ class Cell:
             self._fail(Unavailable("cell", error.errno, "raise the limit of open files", str(error)))
 
     def not_made(self, refusal: Unavailable) -> None:
-        """As ``zygote.Hears``."""
+        """As ``zygote.CellEvents``."""
         self._refused = self._refused or refusal
         wanted = self.life.state is State.MAKING
         self.life.on(Event.FAILED if wanted else Event.DEAD)
         if wanted:
-            self._keeper.failed(self, refusal)
-        self._bury()
+            self._owner.failed(self, refusal)
+        self._on_dead()
 
     def not_forked(self, refusal: Unavailable) -> None:
-        """As ``zygote.Hears``."""
+        """As ``zygote.CellEvents``."""
         self._fail(refusal)
 
     def _fail(self, why: Unavailable) -> None:
@@ -214,12 +214,12 @@ class Cell:
         if self.life.state is State.ENDING:
             return
         self._refused = why
-        rider = self._rider
-        if rider is None:
+        events = self._events
+        if events is None:
             self.end(Event.FAILED)
-            self._keeper.failed(self, why)
+            self._owner.failed(self, why)
         else:
-            rider.exited()
+            events.exited()
 
     def _watch(self, fd: int, what: int) -> None:
         if self._poll is not None:
@@ -255,9 +255,9 @@ class Cell:
                 Unavailable("cell", None, "look at the engine's log", "the new cell did not say that its walls are up")
             )
 
-    def ride(self, rider: Rider) -> None:
-        """*rider* has it now, and hears what comes of it. The program starts with ``go``."""
-        self._rider = rider
+    def attach(self, events: RunEvents) -> None:
+        """*events* has it now, and hears what comes of it. The program starts with ``go``."""
+        self._events = events
         if not self.is_parked:
             self.leaf.begin()
 
@@ -284,7 +284,7 @@ class Cell:
             self._watch(self.fds.stderr, 2)
         self._watch(self.leaf.oom_fd, 3)
         if self._engine.slots.many and self.slot is not None:
-            self.slot.doze()
+            self.slot.close_idle_fds()
             os.close(self._source)
             self._source = -1
             self.fds.close("code")
@@ -302,14 +302,14 @@ class Cell:
             what = self._watched.get(fd)
             if what == 0:
                 self._speaks()
-            elif self._rider is not None and what is not None:
+            elif self._events is not None and what is not None:
                 if what == 3:
-                    self._rider.ran_out()
+                    self._events.ran_out()
                 elif what == 4:
                     self._unwatch(fd)
-                    self._rider.rang()
+                    self._events.rang()
                 else:
-                    self._rider.wrote(what)
+                    self._events.wrote(what)
 
     def watch_stream(self, number: int, on: bool) -> None:
         """Tell the rider when stream *number* can be read, or do not."""
@@ -333,12 +333,12 @@ class Cell:
                 return
             yield data
 
-    def be_deaf(self) -> None:
+    def stop_reading(self) -> None:
         """Read no more of its packets: the program could keep the engine busy with them."""
         if self.channel is not None:
             self._unwatch(self.channel.fileno())
 
-    def hear(self, on: bool) -> None:
+    def set_reading(self, on: bool) -> None:
         """Read its packets, or do not for the moment."""
         if self.channel is None or (self.channel.fileno() in self._watched) is on:
             return
@@ -347,7 +347,7 @@ class Cell:
         else:
             self._unwatch(self.channel.fileno())
 
-    def hear_again(self) -> None:
+    def resume_reading(self) -> None:
         """Whoever read the channel and the streams does so no more."""
         assert self.fds is not None  # noqa: S101
         self._watch(self.fds.channel, 0)
@@ -369,17 +369,17 @@ class Cell:
         if not data:
             self._unwatch(self.channel.fileno())
         state = self.life.state
-        if self._rider is not None and state is not State.SEALED:
-            self._rider.spoke(data)
+        if self._events is not None and state is not State.SEALED:
+            self._events.spoke(data)
         elif not data:
             return  # its end is told by who reaps it
         elif state is State.SEALING:
             self._hello(data)
         elif state is State.SEALED and data == _PARKED and not self.is_parked:
-            if self._rider is None:
+            if self._events is None:
                 self.leaf.begin()
                 self.is_parked = True
-                self._keeper.parked(self)
+                self._owner.parked(self)
         elif state is State.SEALED:
             self._fail(Unavailable("cell", None, "look at the engine's log", "a parked cell said what it should not"))
 
@@ -393,7 +393,7 @@ class Cell:
             self._fail(unavailable(stage, number))
             return
         self.life.on(Event.WALLS_UP)
-        self._keeper.sealed(self)
+        self._owner.sealed(self)
 
     # The end
 
@@ -403,11 +403,11 @@ class Cell:
         if self.life.on(event) is not State.ENDING or before is State.ENDING:
             return
         self.ended_at = time.monotonic()
-        self._engine.dying.add(self)
+        self._engine.reaper.add(self)
         self._kill()
         self._thaw()
         # What it said or wrote is read when it is dead. Its ends hang up before that, and would keep the loop busy.
-        self._look_away()
+        self._unwatch_all()
 
     def _kill(self) -> None:
         if self.fds is not None and self.fds.init >= 0:
@@ -425,11 +425,11 @@ class Cell:
                 log.error("a dying cell cannot be thawed: %s", error)
 
     def exited(self, code: int, status: int) -> None:
-        """As ``zygote.Hears``."""
+        """As ``zygote.CellEvents``."""
         self.wait = (code, status)
         # Its children may live, and send for as long as they do: first the kill. What it said is read when it is dead.
-        if self._rider is not None:
-            self._rider.exited()
+        if self._events is not None:
+            self._events.exited()
             return
         if self.life.state is State.SEALING and self.channel is not None:
             self._speaks()  # no program has been in it: which step was refused, if it could say so
@@ -438,35 +438,35 @@ class Cell:
             self._fail(Unavailable("cell", None, "look at the engine's log", f"the new cell ended {when}"))
 
     def dead(self) -> None:
-        """As ``zygote.Hears``."""
+        """As ``zygote.CellEvents``."""
         if self.life.state is not State.ENDING:
             self.end(Event.EXITED)
         self.life.on(Event.DEAD)
-        self._bury()
+        self._on_dead()
 
     def lost(self) -> None:
-        """As ``zygote.Hears``."""
+        """As ``zygote.CellEvents``."""
         if self.life.state in (State.COLLECTING, State.GONE):
             return
         self.life.on(Event.LOST)
-        if self._rider is not None:
-            self._rider.lost()
+        if self._events is not None:
+            self._events.lost()
         elif self._refused is None:
-            self._keeper.failed(self, None)
-        self._bury()
+            self._owner.failed(self, None)
+        self._on_dead()
 
-    def _bury(self) -> None:
+    def _on_dead(self) -> None:
         """Nothing of it lives."""
-        self._engine.dying.discard(self)
-        self._look_away()
-        mourners, self.mourners = self.mourners, []
-        for one in mourners:
+        self._engine.reaper.discard(self)
+        self._unwatch_all()
+        death_waiters, self.death_waiters = self.death_waiters, []
+        for one in death_waiters:
             if not one.done():
                 one.set_result(None)
-        if self._rider is None and self.life.state is State.COLLECTING:
+        if self._events is None and self.life.state is State.COLLECTING:
             self._give_back()
 
-    def _look_away(self) -> None:
+    def _unwatch_all(self) -> None:
         if self._poll is not None:
             self._loop.remove_reader(self._poll.fileno())
             self._poll.close()
@@ -477,12 +477,12 @@ class Cell:
         if self.life.state in (State.COLLECTING, State.GONE):
             return
         future = self._loop.create_future()
-        self.mourners.append(future)
+        self.death_waiters.append(future)
         await future
 
     def let_go(self) -> None:
         """The run needs it no more. It must have been ended."""
-        self._rider = None
+        self._events = None
         if self.life.state is State.COLLECTING:
             self._give_back()
 
@@ -505,7 +505,7 @@ class Cell:
         slot, self.slot = self.slot, None
         if slot is not None:
             self._engine.slots.give_back(slot)
-        self._keeper.gone(self)
+        self._owner.gone(self)
 
     def _is_slow_to_close(self) -> bool:
         try:
@@ -528,7 +528,7 @@ class Cell:
                 end.close()
         return [fd for fd in fds if fd >= 0]
 
-    def watch_dying(self, now: float) -> bool:
+    def check_teardown(self, now: float) -> bool:
         """Killed tasks run their own end, under the CPU quota of their leaf: when that takes long, it is lifted."""
         if self.slot is not None and now - self.ended_at > 0.02:
             try:
@@ -543,7 +543,7 @@ class Cell:
         if self.slot is not None:
             self._engine.slots.abandon(self.slot)
             self.slot = None
-        mourners, self.mourners = self.mourners, []
-        for one in mourners:
+        death_waiters, self.death_waiters = self.death_waiters, []
+        for one in death_waiters:
             if not one.done():
                 one.set_result(None)

@@ -15,13 +15,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.engine.cells.cell import Cell
-from sandboxd.engine.cells.shape import Shape, same_shape
+from sandboxd.engine.cells.shape import CellSpec, same_spec
 from sandboxd.engine.cells.state import State
 from sandboxd.engine.cells.zygote import ZygoteLost
 from sandboxd.errors import PolicyError, Unavailable
 
 if TYPE_CHECKING:
-    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.clients.leases import Leases
     from sandboxd.engine.core import Engine
     from sandboxd.limits import LimitValue
@@ -89,18 +89,18 @@ class PoolSettings:
 class Pool:
     """Of *prepared*; idle until ``open``."""
 
-    def __init__(self, engine: Engine, prepared: Prepared) -> None:
+    def __init__(self, engine: Engine, prepared: ActivePolicy) -> None:
         self._engine = engine
         self._prepared = prepared
         self._settings = engine.config.pool
         self._loop = asyncio.get_running_loop()
-        self._shape = Shape.of(prepared.limits, engine.bare)
+        self._shape = CellSpec.of(prepared.limits, engine.no_cgroups)
         self._parked: list[Cell] = []
         self._making: set[Cell] = set()
         self._waiting: deque[asyncio.Future[Cell]] = deque()
         self._borrowers: deque[Leases] = deque()
         self._lent: dict[Cell, Leases] = {}
-        self._told: dict[Cell, list[tuple[asyncio.Future[Cell], Exception]]] = {}
+        self._failed_waiters: dict[Cell, list[tuple[asyncio.Future[Cell], Exception]]] = {}
         self._special: dict[Cell, asyncio.Future[Cell]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._tidying: asyncio.TimerHandle | None = None
@@ -114,18 +114,18 @@ class Pool:
 
     def take(self, limits: dict[str, LimitValue]) -> Cell | None:
         """A parked cell that serves *limits*; None when there is none."""
-        if not self._parked or not same_shape(limits, self._prepared.limits, self._engine.bare):
+        if not self._parked or not same_spec(limits, self._prepared.limits, self._engine.no_cgroups):
             return None
         cell = self._parked.pop()
         self._taken()
         return cell
 
-    async def lease(self, limits: dict[str, LimitValue]) -> Cell:
+    async def acquire(self, limits: dict[str, LimitValue]) -> Cell:
         """A cell for a run that has to wait for it. Raises Unavailable, and ZygoteLost when the zygote is lost before
         there is one: nothing of the run exists then.
         """
         future: asyncio.Future[Cell] = self._loop.create_future()
-        if same_shape(limits, self._prepared.limits, self._engine.bare):
+        if same_spec(limits, self._prepared.limits, self._engine.no_cgroups):
             if self._open:
                 self._taken(waits=True)
             self._waiting.append(future)
@@ -135,7 +135,7 @@ class Pool:
             except BaseException:
                 self._withdraw(future)
                 raise
-        cell = Cell(self._engine, self._prepared, Shape.of(limits, self._engine.bare), self)
+        cell = Cell(self._engine, self._prepared, CellSpec.of(limits, self._engine.no_cgroups), self)
         self._special[cell] = future
         self.living += 1
         try:
@@ -208,7 +208,7 @@ class Pool:
     # The keeper of the cells
 
     def sealed(self, cell: Cell) -> None:
-        """As ``cell.Keeper``."""
+        """As ``cell.CellOwner``."""
         self._making.discard(cell)
         special = self._special.pop(cell, None)
         if special is not None:
@@ -230,7 +230,7 @@ class Pool:
         self._refill()
 
     def parked(self, cell: Cell) -> None:
-        """As ``cell.Keeper``: the warmest is taken first."""
+        """As ``cell.CellOwner``: the warmest is taken first."""
         if cell in self._parked:
             self._parked.remove(cell)
             self._parked.append(cell)
@@ -243,19 +243,19 @@ class Pool:
         self._lend()
 
     def failed(self, cell: Cell, why: Unavailable | None) -> None:
-        """As ``cell.Keeper``."""
+        """As ``cell.CellOwner``."""
         error: Exception = why or self._lost()
         self._making.discard(cell)
         special = self._special.pop(cell, None)
         if special is not None:
-            self._told[cell] = [(special, error)]
+            self._failed_waiters[cell] = [(special, error)]
             return
         if cell in self._parked:
             self._parked.remove(cell)
         if why is not None:
             log.warning("a cell of policy %s could not be parked: %s", self._prepared.name, why)
         self._retry_at = time.monotonic() + RETRY_SECONDS
-        told = self._told[cell] = []
+        told = self._failed_waiters[cell] = []
         while self._waiting:
             future = self._waiting.popleft()
             if not future.done():
@@ -265,7 +265,7 @@ class Pool:
         self._later(RETRY_SECONDS)
 
     def gone(self, cell: Cell) -> None:
-        """As ``cell.Keeper``."""
+        """As ``cell.CellOwner``."""
         self.living -= 1
         self._lent.pop(cell, None)
         self._tell(cell)
@@ -274,7 +274,7 @@ class Pool:
 
     def _tell(self, cell: Cell) -> None:
         """Those who waited for *cell* learn that it failed, once nothing of it is left."""
-        for future, error in self._told.pop(cell, ()):
+        for future, error in self._failed_waiters.pop(cell, ()):
             if not future.done():
                 future.set_exception(error)
 
@@ -307,8 +307,8 @@ class Pool:
             else:
                 # Those that are lent and still wait are as good as parked.
                 wanted += max(0, self.target - len(self._parked) - self._lent_idle())
-        while wanted > 0 and len(self._making) < engine.makers and len(engine.dying) < _DYING + engine.most_running:
-            if engine.slots.free <= (0 if self._waiting else engine.most_running) and engine.dying:
+        while wanted > 0 and len(self._making) < engine.makers and len(engine.reaper) < _DYING + engine.most_running:
+            if engine.slots.free <= (0 if self._waiting else engine.most_running) and engine.reaper:
                 return  # the slots that are left are for runs; a cell that is dying gives one back
             wanted -= 1
             cell = Cell(engine, self._prepared, self._shape, self)

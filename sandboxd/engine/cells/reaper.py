@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from sandboxd.engine.cells.cell import Cell
 
-__all__ = ["Dying"]
+__all__ = ["Reaper"]
 
 _LOOK_SECONDS: Final = 0.02
 
 
-class Dying:
+class Reaper:
     """``add`` when a cell is killed, ``discard`` when it is dead. Its length is the backlog of the teardown."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Dying:
         self._timer = None
         now = time.monotonic()
         for cell in list(self._cells):
-            if cell.watch_dying(now):
+            if cell.check_teardown(now):
                 self._cells.discard(cell)
                 cell.abandon()
         if self._cells:

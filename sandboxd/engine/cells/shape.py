@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from sandboxd.limits import LimitValue
 
-__all__ = ["BUILT_IN", "Bare", "Shape", "leaf_limits", "same_shape"]
+__all__ = ["BUILT_IN", "CellSpec", "NoCgroups", "leaf_limits", "same_spec"]
 
 _MIB: Final = 1 << 20
 TMP_FILES: Final = 16_384
@@ -36,12 +36,12 @@ BUILT_IN: Final = (
 """Limits that file systems and rlimits of a cell are made with: a run that asks for others gets a cell of its own. The
 rest is set in the leaf, or is the engine's clock and readers.
 """
-BUILT_IN_BARE: Final = ("cpu_seconds", "pids")
+BUILT_IN_WITHOUT_CGROUPS: Final = ("cpu_seconds", "pids")
 """What more is an rlimit where there is no leaf."""
 
 
 @dataclass(frozen=True, slots=True)
-class Bare:
+class NoCgroups:
     """A host that gives the engine no cgroups."""
 
     own_uid: bool
@@ -49,22 +49,26 @@ class Bare:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class CellSpec:
     """A cell to be: what its leaf, its file systems and its process are given."""
 
     leaf: LeafLimits
     plan: CellPlan
 
     @classmethod
-    def of(cls, limits: Mapping[str, LimitValue], bare: Bare | None = None) -> Shape:
-        """For runs under *limits*. Without cgroups, *bare* says what rlimits can do in their place."""
-        rlimits = [*_rlimits(limits), *(() if bare is None else _instead(limits, bare))]
+    def of(cls, limits: Mapping[str, LimitValue], no_cgroups: NoCgroups | None = None) -> CellSpec:
+        """For runs under *limits*. Without cgroups, *no_cgroups* says what rlimits can do in their place."""
+        rlimits = [*_rlimits(limits), *(() if no_cgroups is None else _instead(limits, no_cgroups))]
         return cls(leaf_limits(limits), CellPlan(_sizes(limits), list({one[0]: one for one in rlimits}.values())))
 
 
-def same_shape(one: Mapping[str, LimitValue], other: Mapping[str, LimitValue], bare: Bare | None = None) -> bool:
+def same_spec(
+    one: Mapping[str, LimitValue], other: Mapping[str, LimitValue], no_cgroups: NoCgroups | None = None
+) -> bool:
     """Whether a cell made for one serves the other."""
-    return all(one[name] == other[name] for name in (*BUILT_IN, *(() if bare is None else BUILT_IN_BARE)))
+    return all(
+        one[name] == other[name] for name in (*BUILT_IN, *(() if no_cgroups is None else BUILT_IN_WITHOUT_CGROUPS))
+    )
 
 
 def leaf_limits(limits: Mapping[str, LimitValue]) -> LeafLimits:
@@ -91,7 +95,7 @@ def _sizes(limits: Mapping[str, LimitValue]) -> InitSizes:
     )
 
 
-def _instead(limits: Mapping[str, LimitValue], bare: Bare) -> Iterator[tuple[int, int, int]]:
+def _instead(limits: Mapping[str, LimitValue], no_cgroups: NoCgroups) -> Iterator[tuple[int, int, int]]:
     """Limits of each process, where there is nothing to hold the run as a whole: its data, its CPU time; and, of its
     uid, its processes.
     """
@@ -101,7 +105,7 @@ def _instead(limits: Mapping[str, LimitValue], bare: Bare) -> Iterator[tuple[int
     if cpu is not None:
         most = math.ceil(float(cpu))
         yield resource.RLIMIT_CPU, most, most + 1  # SIGXCPU first, which tells it from any other kill
-    if pids is not None and bare.own_uid:
+    if pids is not None and no_cgroups.own_uid:
         yield resource.RLIMIT_NPROC, int(pids), int(pids)
 
 

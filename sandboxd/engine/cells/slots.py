@@ -51,11 +51,11 @@ class Slot:
             self._entry = Entry(self.leaf.clone_fd, self.leaf.entry_fds())
         return self._entry
 
-    def doze(self) -> None:
+    def close_idle_fds(self) -> None:
         """Of so many live cells, this one's leaf is not needed before its end."""
         if self._leaf is not None:
             self._entry = None
-            self._leaf.doze()
+            self._leaf.close_idle_fds()
 
     def has_leaf(self) -> bool:
         """Whether ``leaf`` is there."""
@@ -132,7 +132,7 @@ class Slots:
         if len(self._retired) >= BACKLOG or self._closed:
             self._remove(leaf)  # what the kernel keeps for it is the instance's then
             return
-        leaf.doze()
+        leaf.close_idle_fds()
         self._retired.append(leaf)
         self._retire_next()
 

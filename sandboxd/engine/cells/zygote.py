@@ -61,15 +61,15 @@ if TYPE_CHECKING:
     from sandboxd.seccomp import Layers
 
 __all__ = [
+    "CellEvents",
     "CellFds",
     "CellPlan",
     "Entry",
-    "Hears",
     "InitSizes",
     "Zygote",
-    "ZygoteBody",
     "ZygoteConfig",
     "ZygoteLost",
+    "ZygoteSpec",
 ]
 
 log = logging.getLogger("sandboxd.engine")
@@ -127,7 +127,7 @@ class ZygoteLost(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class ZygoteBody:
+class ZygoteSpec:
     """What a zygote is made of before any policy has its say. *allow_user_namespaces* exists for tests of other
     walls.
     """
@@ -237,7 +237,7 @@ class CellFds:
                 os.close(fd)
 
 
-class Hears(Protocol):
+class CellEvents(Protocol):
     """Who asked for a cell, and is told what becomes of it. Exactly one of ``made`` and ``not_made`` comes; after
     ``made`` one of ``exited`` and ``not_forked``, and then ``dead``, when nothing of it lives; or ``lost``, after
     which nothing comes and nothing lives.
@@ -269,7 +269,7 @@ class Zygote:
         self,
         pid: int,
         pidfd: int,
-        body: ZygoteBody,
+        body: ZygoteSpec,
         nursery: socket.socket,
         zygote: socket.socket,
         log: int,
@@ -282,7 +282,7 @@ class Zygote:
         self._operations = body.operations
         self._report = report
         self.landlock_abi = 0
-        self.kept: list[str] = []
+        self.unmet: list[str] = []
         self.version: tuple[int, ...] = ()
         self.lost = False
         self._why = self._end = ""
@@ -292,8 +292,8 @@ class Zygote:
         self._log = log
         self._said = b""
         self._loop = asyncio.get_running_loop()
-        self._cells: dict[int, Hears] = {}
-        self._half: set[int] = set()
+        self._cells: dict[int, CellEvents] = {}
+        self._half_closed: set[int] = set()
         self._unsent: deque[tuple[bytes, Entry]] = deque()
         # There from the start: a zygote may be lost before anybody waits for its answer.
         self._ready: asyncio.Future[dict[str, Any]] = self._loop.create_future()
@@ -324,15 +324,15 @@ class Zygote:
     # Start
 
     @classmethod
-    def spawn(cls, body: ZygoteBody, ids: IdBlock, cgroup: Instance) -> Zygote:
-        """Have the namespaces and the root made, and nursery and interpreter executed there; ``prepare`` comes next.
+    def spawn(cls, body: ZygoteSpec, ids: IdBlock, cgroup: Instance) -> Zygote:
+        """Have the namespaces and the root made, and nursery and interpreter executed there; ``activate`` comes next.
 
         It is born among *cgroup*'s zygotes. The mounts take some 20 ms, most of it the kernel's waiting for
-        itself, and nobody waits for them here. Raises Unavailable; what goes wrong later is told by ``prepare``.
+        itself, and nobody waits for them here. Raises Unavailable; what goes wrong later is told by ``activate``.
         """
         return _spawn(cls, body, ids, cgroup)
 
-    async def prepare(self, config: ZygoteConfig) -> None:
+    async def activate(self, config: ZygoteConfig) -> None:
         """Have it import and warm up what a policy names. Raises Unavailable; the zygote is of no use then."""
         walls_down = sum(1 << stage for stage in config.walls_down)
         message = {
@@ -357,9 +357,9 @@ class Zygote:
             raise Unavailable("zygote", getattr(error, "errno", None), fix, what) from None
         if not answer.get("ok"):
             raise _not_preloaded(answer, self.python, config.policy)
-        if answer["kept"]:
+        if answer["open_fds"]:
             log.warning(
-                "preloaded libraries keep descriptors open, which no cell inherits: %s", ", ".join(answer["kept"])
+                "preloaded libraries keep descriptors open, which no cell inherits: %s", ", ".join(answer["open_fds"])
             )
         self.landlock_abi = int(answer["landlock_abi"])
         self.version = tuple(answer["version"])
@@ -386,16 +386,16 @@ class Zygote:
         finally:
             os.close(report)
         if said:
-            stage, _, kept = _REPORT.unpack_from(said)
+            stage, _, lacks = _REPORT.unpack_from(said)
             if stage:
                 raise _refused(said, self._operations)
-            self.kept = [words for bit, words in _KEPT.items() if kept & bit]
+            self.unmet = [words for bit, words in _KEPT.items() if lacks & bit]
             if len(said) > _REPORT.size:
                 raise _refused(said[_REPORT.size :], self._operations)
 
     # Cells
 
-    def make(self, hears: Hears, plan: CellPlan, slot: int, guest_id: int, entry: Entry, hurry: bool) -> None:
+    def make(self, hears: CellEvents, plan: CellPlan, slot: int, guest_id: int, entry: Entry, hurry: bool) -> None:
         """Have a cell made in *slot*, which must have none; *hears* is told. In a *hurry* it does not rehearse. Raises
         ZygoteLost.
         """
@@ -500,7 +500,7 @@ class Zygote:
 
     def _zygote_speaks(self) -> None:
         if not self._answered:
-            self._prepared()
+            self._on_ready()
             return
         # Each cell was announced by the nursery first; here both may have become readable at the same time.
         self._nursery_speaks()
@@ -524,16 +524,16 @@ class Zygote:
                 hears.not_forked(unavailable(stage, number))
             self._half_dead(identity, hears)
 
-    def _half_dead(self, identity: int, hears: Hears) -> None:
+    def _half_dead(self, identity: int, hears: CellEvents) -> None:
         """The nursery has reaped the init, or the zygote the cell; the other one says so too, sooner or later."""
-        if identity not in self._half:
-            self._half.add(identity)
+        if identity not in self._half_closed:
+            self._half_closed.add(identity)
             return
-        self._half.discard(identity)
+        self._half_closed.discard(identity)
         del self._cells[identity]
         hears.dead()
 
-    def _prepared(self) -> None:
+    def _on_ready(self) -> None:
         """Its first packet says whether the policy could be brought into force."""
         data, fds = _receive(self._zygote, 1 << 16, 1)
         _close_all(fds)
@@ -634,7 +634,7 @@ def _pair(undo: ExitStack) -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance) -> Zygote:
+def _spawn(kind: type[Zygote], body: ZygoteSpec, ids: IdBlock, cgroup: Instance) -> Zygote:
     """From nothing to an executed nursery. On failure nothing is left."""
     python, operations = body.python, body.operations
     environment = {**ENVIRONMENT, "PATH": f"{os.path.dirname(python.executable)}:{ENVIRONMENT['PATH']}"}
@@ -694,7 +694,7 @@ def _spawn(kind: type[Zygote], body: ZygoteBody, ids: IdBlock, cgroup: Instance)
                     "nursery_fd": program,
                     "broker_fd": broker_end,
                     "userns_fd": userns_fd,
-                    "one_id": ids.shared is not None,
+                    "single_id": ids.shared is not None,
                     "allow_user_namespaces": body.allow_user_namespaces,
                     "cgroup_fd": -1 if clone_fd is None else clone_fd,
                     "tasks": tasks,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd._util import disposal
 from sandboxd._util.fdwait import in_thread, resolve, writable
-from sandboxd.engine.cells.active_policy import Prepared
+from sandboxd.engine.cells.active_policy import ActivePolicy
 from sandboxd.engine.clients.leases import Leases, send_now
 from sandboxd.engine.tally import STATUSES, stats
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
@@ -55,7 +55,7 @@ _SHOWN_KEYS: Final = 8
 _NAME: Final = re.compile(r"[a-z0-9_-]{1,64}")
 _RUN_KEYS: Final = frozenset({"op", "policy", "run"})
 
-Policies = Callable[[str | None], Awaitable[Prepared]]
+Policies = Callable[[str | None], Awaitable[ActivePolicy]]
 """The policy of a name, in force; None is the engine's own default. Raises PolicyError, Unavailable."""
 
 Reload = Callable[[], Awaitable[list[str]]]
@@ -153,7 +153,7 @@ class Connection:
 
     def hang_up(self) -> None:
         """Close the socket, if ``serve`` did not come to it."""
-        self._look_away()
+        self._unwatch()
         if self._leases is not None:
             self._leases.close()
         disposal.close_socket(self._sock, self._client.get("uid"))
@@ -266,7 +266,7 @@ class Connection:
         if self._unread:
             await self._taken()
         self._running, self._interrupted = True, ""
-        self._look()
+        self._watch()
         try:
             prepared = await self._policies(name)
             header, texts, files = await self._engine.run(
@@ -321,7 +321,7 @@ class Connection:
             ago = message.get("seconds")
             if type(ago) is not float or not 0 <= ago < MOST_SECONDS:
                 raise ProtocolError("A run that is handed back says for how long it has been running.")
-            run = leases.taken_back(identity, ago)
+            run = leases.reclaim(identity, ago)
             if run is None:
                 await self._send({"op": "revoked", "lease": identity, "taken": True})
                 return
@@ -335,9 +335,9 @@ class Connection:
     async def _answer_taken(self, leases: Leases, run: CellRun, out: bytes, err: bytes, frame: bytes) -> None:
         """Carry a run that its caller began to its end, and answer."""
         self._running, self._interrupted, self._run_now, self._lost = True, "", run, False
-        self._look()
+        self._watch()
         try:
-            header, texts, files = await run.take_back(out, err, frame)
+            header, texts, files = await run.finish_leased(out, err, frame)
             self._running = False
             self._engine.tally.count(self._client.get("uid"), run.policy, header["status"])
             try:
@@ -359,12 +359,12 @@ class Connection:
 
     def _interrupt(self) -> None:
         """The client spoke, or left, while its run was under way: the end of the run either way."""
-        self._look_away()
+        self._unwatch()
         try:
             with self._share.counted():
                 packet = packets.receive(self._sock, inline=True, bounds=self._bounds, owner=self._client.get("uid"))
         except BlockingIOError:
-            self._look()
+            self._watch()
             return
         except (OSError, ProtocolError):
             packet = None
@@ -508,13 +508,13 @@ class Connection:
                 self._engine.held.did(packet.text_bytes if packet is not None else 0)
                 return packet
             self._wake = self._loop.create_future()
-            self._look()
+            self._watch()
             try:
                 await self._wake
             finally:
                 self._wake = None
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         """Watch the socket: it stays watched from one packet to the next, for turning that on and off costs more than
         the packet.
         """
@@ -522,7 +522,7 @@ class Connection:
             self._loop.add_reader(self._sock.fileno(), self._readable)
             self._watching = True
 
-    def _look_away(self) -> None:
+    def _unwatch(self) -> None:
         if self._watching:
             self._loop.remove_reader(self._sock.fileno())
             self._watching = False
@@ -533,7 +533,7 @@ class Connection:
         elif self._running:
             self._interrupt()
         else:
-            self._look_away()  # its turn comes
+            self._unwatch()  # its turn comes
 
 
 def _close_packed(packed: tuple[list[Any], int]) -> None:

@@ -34,7 +34,7 @@ from sandboxd.protocol import packets
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.cells.cell import Cell
     from sandboxd.engine.core import Engine
 
@@ -46,7 +46,7 @@ ALARM_SECONDS: Final = 0.01
 
 
 class Lease:
-    """One cell that a caller may start a program in. As ``cell.Rider`` it hears what happens before that."""
+    """One cell that a caller may start a program in. As ``cell.RunEvents`` it hears what happens before that."""
 
     def __init__(self, leases: Leases, cell: Cell, identity: str, alarm: int) -> None:
         self._leases = leases
@@ -99,14 +99,14 @@ class Leases:
         self._send = send
         self._leaves: dict[tuple[str, int], int] = {}
         self._known = 0
-        self._prepared: Prepared | None = None
+        self._prepared: ActivePolicy | None = None
         self.lease: Lease | None = None
         self.run: CellRun | None = None
         self._closed = False
 
     # Offering
 
-    def want(self, prepared: Prepared) -> None:
+    def want(self, prepared: ActivePolicy) -> None:
         """Offer a cell of *prepared*'s as soon as one is parked and nobody else wants it."""
         self._prepared = prepared
         if not self._closed and self.lease is None and self.run is None:
@@ -124,8 +124,8 @@ class Leases:
             lib.sbx_close_all([alarm], 1)
             self._engine.unreserve(self)
             return False
-        cell.be_deaf()
-        cell.ride(lease)
+        cell.stop_reading()
+        cell.attach(lease)
         cell.watch_alarm(alarm)
         self.lease = lease
         return True
@@ -199,7 +199,7 @@ class Leases:
         if cell.life.state is not State.SEALED:
             return None
         run = self.run = CellRun(self._engine, cell.prepared, None, cell.prepared.limits, lease.identity, None)
-        run.adopt(cell, ago_seconds)
+        run.start_leased(cell, ago_seconds)
         self._engine.live[run.id] = run
         self._engine.owners[run.id] = self._client
         return run
@@ -211,7 +211,7 @@ class Leases:
             return
         cell = lease.cell
         run = self.run = CellRun(self._engine, cell.prepared, None, cell.prepared.limits, lease.identity, None)
-        run.adopt_lost(cell)
+        run.start_lost(cell)
         self._engine.live[run.id] = run
         self._engine.owners[run.id] = self._client
 
@@ -229,7 +229,7 @@ class Leases:
         lease.cell.let_go()
         self._again()
 
-    def taken_back(self, identity: object, ago_seconds: float) -> CellRun | None:
+    def reclaim(self, identity: object, ago_seconds: float) -> CellRun | None:
         """The run that is the engine's from now on, started so long ago by its caller's word; None when there is none
         of that name. ``finish`` comes last.
         """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.cells.cell import Cell
     from sandboxd.engine.runs.clock import Mode
 
-__all__ = ["Standstill", "Waiter"]
+__all__ = ["Freezer", "Waiter"]
 
 FREEZE_SECONDS: Final = 5.0
 LOOK_SECONDS: Final = 0.001
@@ -37,7 +37,7 @@ class Waiter(Protocol):
         """Read its cell's packets, or do not for the moment."""
 
 
-class Standstill:
+class Freezer:
     """As ``tools.Caller``, for one run in its cell."""
 
     def __init__(self, waiter: Waiter, cell: Cell) -> None:

@@ -26,21 +26,21 @@ from sandboxd.engine.cells import workspace
 from sandboxd.engine.cells.shape import UNLIMITED_BYTES, leaf_limits
 from sandboxd.engine.cells.state import Event, State
 from sandboxd.engine.cells.zygote import ZygoteLost
-from sandboxd.engine.fair_share import Share
+from sandboxd.engine.fair_share import FairShare
 from sandboxd.engine.runs.clock import Meter, Mode
-from sandboxd.engine.runs.freezer import Standstill
+from sandboxd.engine.runs.freezer import Freezer
 from sandboxd.engine.runs.pace import Pace
 from sandboxd.engine.runs.streams import DRAIN_READS, Emit, OutputStream
-from sandboxd.engine.runs.tool_relay import ToolLink
+from sandboxd.engine.runs.tool_relay import ToolRelay
 from sandboxd.errors import ProtocolError, Unavailable
-from sandboxd.outcome.answer import Answer, answer
+from sandboxd.outcome.answer import RunAnswer, answer
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Cause, Evidence, Finished, Space, parse_finished
 from sandboxd.protocol import toolframes
 
 if TYPE_CHECKING:
     from sandboxd.cgroup import Counters
-    from sandboxd.engine.cells.active_policy import Prepared
+    from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.cells.cell import Cell
     from sandboxd.engine.core import Engine
     from sandboxd.limits import LimitValue
@@ -71,13 +71,13 @@ class CellRun:
     def __init__(
         self,
         engine: Engine,
-        prepared: Prepared,
+        prepared: ActivePolicy,
         request: Run | None,
         limits: dict[str, LimitValue],
         identity: str,
         emit: Emit | None,
         lend_tools: LendTools | None = None,
-        share: Share | None = None,
+        share: FairShare | None = None,
     ) -> None:
         self.id = identity
         self.limits = limits
@@ -104,11 +104,11 @@ class CellRun:
         self._message: memoryview | None = None
         self._parked_said = False
         self._lend_tools = lend_tools
-        self._share = share or Share(free=True)
-        self._link: ToolLink | None = None
+        self._share = share or FairShare(free=True)
+        self._link: ToolRelay | None = None
         self._has_tools = False
         self._meter: Meter | None = None
-        self._deaf = False
+        self._reads_no_more = False
         self._malformed = 0
         self._looks: int | None = None
 
@@ -152,10 +152,10 @@ class CellRun:
 
     # A run that its caller starts itself (leases.py)
 
-    def adopt(self, cell: Cell, ago_seconds: float) -> None:
+    def start_leased(self, cell: Cell, ago_seconds: float) -> None:
         """The caller handed its program to *cell* so long ago; the clocks run from then."""
         self.cell = cell
-        cell.ride(self)
+        cell.attach(self)
         assert cell.fds is not None  # noqa: S101
         cell.fds.close("stdin")
         cell.leaf.oom_clear()
@@ -170,21 +170,21 @@ class CellRun:
             self.wall_end -= late
             self._engine.clock.changed(self)
 
-    def adopt_lost(self, cell: Cell) -> None:
+    def start_lost(self, cell: Cell) -> None:
         """The caller handed its program to *cell*, which is dead with its zygote."""
         self.cell = cell
         self.started = time.monotonic()
-        cell.ride(self)
+        cell.attach(self)
         self.lost()
 
-    async def take_back(self, stdout: bytes, stderr: bytes, frame: bytes) -> Answer:
+    async def finish_leased(self, stdout: bytes, stderr: bytes, frame: bytes) -> RunAnswer:
         """Go on from where the caller stopped: what it has read so far, and the finished frame if it came."""
         cell = self.cell
         assert cell is not None  # noqa: S101
         for output, data in zip(self._outputs, (stdout, stderr), strict=True):
             output.add(data)
         if cell.life.state is State.RUNNING:
-            cell.hear_again()
+            cell.resume_reading()
         if frame:
             self.spoke(frame)
         self._grown()
@@ -192,7 +192,7 @@ class CellRun:
 
     # The run
 
-    async def execute(self, queued_seconds: float) -> Answer:
+    async def execute(self, queued_seconds: float) -> RunAnswer:
         """The whole life but for ``close``, which must follow. The files of the answer are the caller's.
 
         Raises Unavailable when the host refused a step, InvalidRequest when the inputs do not fit.
@@ -203,20 +203,20 @@ class CellRun:
         warm = cell is not None
         if cell is None:
             try:
-                cell = await pool.lease(self.limits)
+                cell = await pool.acquire(self.limits)
             except ZygoteLost as error:
                 log.warning("run %s: zygote lost: %s", self.id, error)
                 self._cause = "lost"
                 return self._tell(queued_seconds, 0.0, 0.0, None, workspace.Collected(), False)
         self.cell = cell
         try:
-            cell.ride(self)
+            cell.attach(self)
             tools = self._request.tools if self._request is not None else None
             await self._put_inputs(cell)
             if tools is not None and self._lend_tools is not None and cell.channel is not None:
                 records = self._engine.trail.calls(self.id)
                 self._has_tools = True
-                self._link = ToolLink(Standstill(self, cell), cell.channel, tools.calls, self._share, records)
+                self._link = ToolRelay(Freezer(self, cell), cell.channel, tools.calls, self._share, records)
                 await self._lend_tools(self.id, self._link.take_theirs())
             if self._known:
                 while not workspace.settled(self._known) and not self._ended.done():
@@ -233,7 +233,7 @@ class CellRun:
         if cell.life.state not in (State.ENDING, State.COLLECTING):
             cell.end(Event.FAILED if self.started is None else Event.CANCELLED)
 
-    async def _to_its_end(self, cell: Cell, queued_seconds: float, setup: float, warm: bool) -> Answer:
+    async def _to_its_end(self, cell: Cell, queued_seconds: float, setup: float, warm: bool) -> RunAnswer:
         """From the program's start to the answer."""
         if self._failure is None and not self._ended.done():
             try:
@@ -269,14 +269,14 @@ class CellRun:
             with contextlib.suppress(OSError):  # the kill comes next, whatever a filter around the engine refuses
                 self._spaces = workspace.spaces(cell.fds)
 
-    async def _after_death(self, cell: Cell, queued: float, setup: float, run: float, warm: bool) -> Answer:
+    async def _after_death(self, cell: Cell, queued: float, setup: float, run: float, warm: bool) -> RunAnswer:
         """Nothing of it may live any more; only then its files are read."""
         if cell.life.state not in (State.ENDING, State.COLLECTING):
             cell.end(Event.FINISHED if self._finished is not None else Event.EXITED)
-        dying = self._loop.create_task(self._die(cell))
-        while not dying.done():
+        reaper = self._loop.create_task(self._die(cell))
+        while not reaper.done():
             try:
-                await asyncio.shield(dying)
+                await asyncio.shield(reaper)
             except asyncio.CancelledError as error:  # the engine closes: first the cell, then the task
                 self._failure = self._failure or error
         collected = workspace.Collected()
@@ -303,7 +303,7 @@ class CellRun:
             self._cause = "lost"
             return self._tell(queued, setup, run, None, workspace.Collected(), warm)
 
-    def serves(self, prepared: Prepared) -> bool:
+    def serves(self, prepared: ActivePolicy) -> bool:
         """Whether it is *prepared*'s, be it that it still queues."""
         return self._prepared is prepared
 
@@ -437,7 +437,7 @@ class CellRun:
             self.cell.end(event)
 
     def spoke(self, data: bytes) -> None:
-        """As ``cell.Rider``."""
+        """As ``cell.RunEvents``."""
         if not data or self._finished is not None:
             return  # the end of the channel: its process tells the rest
         if data == b"P" and not self._parked_said:
@@ -453,29 +453,29 @@ class CellRun:
             # Not ours: the program wrote it. Its own end is still to come.
             log.info("run %s: a frame that is none: %s", self.id, error)
             self._malformed += 1
-            self._be_deaf()
+            self._stop_reading()
             return
-        self._be_deaf()  # nothing after it counts
+        self._stop_reading()  # nothing after it counts
         self._end_by(Event.FINISHED, None)
 
-    def _be_deaf(self) -> None:
-        self._deaf = True
+    def _stop_reading(self) -> None:
+        self._reads_no_more = True
         if self.cell is not None:
-            self.cell.be_deaf()
+            self.cell.stop_reading()
 
     def rang(self) -> None:
-        """As ``cell.Rider``."""
+        """As ``cell.RunEvents``."""
 
     def exited(self) -> None:
-        """As ``cell.Rider``."""
+        """As ``cell.RunEvents``."""
         self._end_by(Event.EXITED, None)
 
     def lost(self) -> None:
-        """As ``cell.Rider``."""
+        """As ``cell.RunEvents``."""
         self._end_by(Event.LOST, "lost")
 
     def ran_out(self) -> None:
-        """As ``cell.Rider``."""
+        """As ``cell.RunEvents``."""
         looking, self._looks = self._looks is not None, 0
         if not looking:
             self._look_for_kill()
@@ -530,7 +530,7 @@ class CellRun:
     def listen(self, on: bool) -> None:
         """Read the cell's packets, or do not for the moment."""
         if self.cell is not None and self.cell.life.state is State.RUNNING:
-            self.cell.hear(on and not self._deaf)
+            self.cell.set_reading(on and not self._reads_no_more)
 
     def _stop_tools(self, now: float) -> None:
         """The program is over, and with it the calls of its that are under way."""
@@ -544,7 +544,7 @@ class CellRun:
     # Streams
 
     def wrote(self, number: int) -> None:
-        """As ``cell.Rider``; without a caller who takes it, output is read as it comes."""
+        """As ``cell.RunEvents``; without a caller who takes it, output is read as it comes."""
         cell = self.cell
         if cell is None:
             return
@@ -677,7 +677,7 @@ class CellRun:
         counters: Counters | None,
         collected: workspace.Collected,
         warm: bool,
-    ) -> Answer:
+    ) -> RunAnswer:
         out, err = self._outputs
         cell = self.cell
         waited = 0.0 if self._meter is None else self._meter.stood_still()

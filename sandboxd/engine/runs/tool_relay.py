@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.engine.audit.tool_calls import CallRecords
-    from sandboxd.engine.fair_share import Share
+    from sandboxd.engine.fair_share import FairShare
 
-__all__ = ["Caller", "ToolLink"]
+__all__ = ["Caller", "ToolRelay"]
 
 log = logging.getLogger("sandboxd.engine")
 
@@ -69,11 +69,11 @@ class Caller(Protocol):
         """Read the cell's packets, or do not for the moment."""
 
 
-class ToolLink:
+class ToolRelay:
     """Made for a run, with *calls* to make; *theirs* is the host's end, to be handed over."""
 
     def __init__(
-        self, caller: Caller, channel: socket.socket, calls: int, share: Share, records: CallRecords | None = None
+        self, caller: Caller, channel: socket.socket, calls: int, share: FairShare, records: CallRecords | None = None
     ) -> None:
         """*channel* is the cell's, and stays its to close; *share* is the client's part of the engine's time; *records*
         gets what passes through.
@@ -128,7 +128,7 @@ class ToolLink:
         # A program that is interrupted while it sends a part cannot know whether that has gone, and sends it again.
         this, before = (head.number, head.index), self._heard_last
         if this == before and (head.index or self._calling is not None):
-            self._vain()
+            self._count_rejected()
             return
         self._heard_last = this
         if self._calling is None:
@@ -173,10 +173,10 @@ class ToolLink:
             if len(self._open) == 1:
                 self._caller.waits(True)
             return None
-        self._vain()
+        self._count_rejected()
         return refusal
 
-    def _vain(self) -> None:
+    def _count_rejected(self) -> None:
         """Count what leads to nothing. Raises ProtocolError when it is too much."""
         self._refusals += 1
         if self._refusals > REFUSALS:
@@ -218,12 +218,12 @@ class ToolLink:
                 data = b""
             try:
                 if not data:
-                    self._lose()
+                    self._host_lost()
                     return
                 self._from_host(data)
             except ProtocolError as error:
                 log.info("tool calls: the host's program sent %s", error)
-                self._lose()
+                self._host_lost()
                 return
 
     def _from_host(self, data: bytes) -> None:
@@ -281,7 +281,7 @@ class ToolLink:
                 self._caller.thaw()
                 self._listen()
 
-    def _lose(self) -> None:
+    def _host_lost(self) -> None:
         """The host's program has no ear for this run any more: every call is answered from here."""
         self._dead = True
         self._read(False)

@@ -25,7 +25,7 @@ from sandboxd.tools.pipeline.running import NoThread, Threads
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["CodeRun", "Toolbox"]
+__all__ = ["RunTools", "ToolCall"]
 
 log = logging.getLogger("sandboxd.tools")
 
@@ -33,12 +33,12 @@ WAITING: Final = 2
 """Threads that stay at a run's socket when their call is over: while one is at work, the other hears the next call."""
 
 
-class CodeRun:
+class ToolCall:
     """One call that a run's program made. ``run`` is the same object for all calls of a run."""
 
     __slots__ = ("_number", "run")
 
-    def __init__(self, run: Toolbox, number: int) -> None:
+    def __init__(self, run: RunTools, number: int) -> None:
         self.run = run
         self._number = number
 
@@ -54,15 +54,15 @@ class CodeRun:
         return self.run.frozen(self._number)
 
 
-class Toolbox:
+class RunTools:
     """What one run's program may call; of one run only. As ``sandboxd.client.exchange.ToolHost``.
 
     *module* is the source text of the functions that the program sees, *calls* how many calls it may make, *call* what
-    carries one out: it gets the body and a CodeRun and returns the answer's body, in one of several threads; it never
+    carries one out: it gets the body and a ToolCall and returns the answer's body, in one of several threads; it never
     raises. ``state`` is for its use.
     """
 
-    def __init__(self, module: str, calls: int, call: Callable[[bytes, CodeRun], bytes]) -> None:
+    def __init__(self, module: str, calls: int, call: Callable[[bytes, ToolCall], bytes]) -> None:
         self.module = module
         self.calls = calls
         self.id: str | None = None
@@ -74,7 +74,7 @@ class Toolbox:
         self._waiting = self._threads = 0
         self._ended = False
         self._partial: dict[int, tuple[bytearray, list[int]]] = {}
-        self._frozen: dict[int, Answer] = {}
+        self._frozen: dict[int, Reply] = {}
         self._cancels: list[Callable[[], None]] = []
 
     # The run
@@ -118,7 +118,7 @@ class Toolbox:
         try:
             while (call := self._next(sock)) is not None:
                 number, body = call
-                self._answer(sock, number, self._call(body, CodeRun(self, number)))
+                self._answer(sock, number, self._call(body, ToolCall(self, number)))
                 with self._lock:
                     if self._waiting >= WAITING:
                         return
@@ -221,8 +221,8 @@ class Toolbox:
 
     @contextlib.contextmanager
     def frozen(self, number: int) -> Iterator[None]:
-        """See CodeRun."""
-        answer = Answer()
+        """See ToolCall."""
+        answer = Reply()
         sock = self._sock
         assert sock is not None  # noqa: S101
         try:
@@ -262,7 +262,7 @@ class Toolbox:
 OVER: Final = b"The run is over."
 
 
-class Answer:
+class Reply:
     """A value that one thread waits for."""
 
     __slots__ = ("_found", "_lock")

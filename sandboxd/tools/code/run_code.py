@@ -28,7 +28,7 @@ from sandboxd.protocol.toolframes import CALLS_MOST
 from sandboxd.tools.code import offer, view
 from sandboxd.tools.code.advice import Surroundings, advice, missing_module
 from sandboxd.tools.code.kept import Kept
-from sandboxd.tools.code.link import Toolbox
+from sandboxd.tools.code.link import RunTools
 from sandboxd.tools.code.pictures import pictures_of
 from sandboxd.tools.code.review import Review, review, review_async
 from sandboxd.tools.pipeline.running import aside
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from sandboxd.client.async_sandbox import AsyncSandbox
     from sandboxd.client.result import Result
     from sandboxd.client.sandbox import Sandbox
-    from sandboxd.tools.code.link import CodeRun
+    from sandboxd.tools.code.link import ToolCall
     from sandboxd.tools.code.offer import InputFile
     from sandboxd.tools.dispatcher import Dispatcher
     from sandboxd.tools.pipeline.tool import Tool
@@ -157,9 +157,9 @@ class RunCode:
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
         return await self._dispatcher._threads.run_async(function, None)
 
-    def _toolbox(self, calls: _Calls) -> Toolbox:
+    def _toolbox(self, calls: _Calls) -> RunTools:
         most = min(self._dispatcher.budget.calls_per_run, CALLS_MOST)
-        return Toolbox(module=self._module, calls=most, call=calls)
+        return RunTools(module=self._module, calls=most, call=calls)
 
     def _value(self, result: Result, calls: _Calls, files: Sequence[InputFile]) -> dict[str, Any]:
         names, paths = [one.name for one in self._granted], sorted(one.path for one in files)
@@ -198,7 +198,7 @@ class _Calls:
     They come from several threads, and see the contextvars of whoever began the run.
     """
 
-    def __init__(self, call: Callable[[bytes, CodeRun], bytes]) -> None:
+    def __init__(self, call: Callable[[bytes, ToolCall], bytes]) -> None:
         self._call = call
         self._each: list[None] = []  # append is atomic, += is not
         self._context = contextvars.copy_context()
@@ -207,7 +207,7 @@ class _Calls:
     def count(self) -> int:
         return len(self._each)
 
-    def __call__(self, body: bytes, call: CodeRun) -> bytes:
+    def __call__(self, body: bytes, call: ToolCall) -> bytes:
         self._each.append(None)
         return self._context.copy().run(self._call, body, call)  # only one thread can be in a context
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable
 
-    from sandboxd.tools.code.link import CodeRun
+    from sandboxd.tools.code.link import ToolCall
     from sandboxd.tools.pipeline.rates import RunState
     from sandboxd.tools.pipeline.running import Coroutines, Threads
 
@@ -38,7 +38,7 @@ class Question:
     *approve* is the host program's callback; None refuses, and so does anything but True, or an exception.
     """
 
-    def __init__(self, approve: Approve | None, tool: str, text: str, caller: str, run: CodeRun | None) -> None:
+    def __init__(self, approve: Approve | None, tool: str, text: str, caller: str, run: ToolCall | None) -> None:
         self._approve = approve
         self._tool = tool
         self._text = text

@@ -14,7 +14,7 @@ from sandboxd.tools.result import Refused
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sandboxd.tools.code.link import Toolbox
+    from sandboxd.tools.code.link import RunTools
 
 _UNITS = {
     **dict.fromkeys(("s", "sec", "second"), 1),
@@ -117,10 +117,10 @@ class Spending:
         """Calls that are left in all; None when there is no bound."""
         return None if self._budget.calls is None else max(0, self._budget.calls - self.used)
 
-    def take(self, tool: str, run: Toolbox | None) -> None:
+    def take(self, tool: str, run: RunTools | None) -> None:
         """Count one call of *tool*. Raises Refused (budget_exceeded).
 
-        *run* is the Toolbox of the run whose code calls; its RunState is kept there, as ``state``.
+        *run* is the RunTools of the run whose code calls; its RunState is kept there, as ``state``.
         """
         with self._lock:
             if self._budget.calls is not None and self.used >= self._budget.calls:

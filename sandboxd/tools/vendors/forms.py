@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sandboxd.tools.code.pictures import Picture
     from sandboxd.tools.result import ToolResult
 
-__all__ = ["Answer", "Call", "calls_of", "picture_notes", "replies", "text_of"]
+__all__ = ["Call", "Event", "calls_of", "picture_notes", "replies", "text_of"]
 
 Form = Literal["chat", "responses", "anthropic"]
 
@@ -43,7 +43,7 @@ class Call:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Event:
     """What is told for one call: text, whether it is an error, pictures."""
 
     call: Call
@@ -87,7 +87,7 @@ def picture_notes(result: Result) -> tuple[list[Picture], str]:
     return pictures, "\n".join(map(view.flat, left_out))
 
 
-def replies(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+def replies(answers: Sequence[Event]) -> list[dict[str, Any]]:
     """The messages for *answers*, which are those of one message and in its order."""
     if not answers:
         return []
@@ -219,7 +219,7 @@ def _base64(picture: Picture) -> str:
     return base64.b64encode(picture.data).decode("ascii")
 
 
-def _tool_result(answer: Answer) -> dict[str, Any]:
+def _tool_result(answer: Event) -> dict[str, Any]:
     content: Any = answer.text
     if answer.pictures:
         content = [{"type": "text", "text": answer.text}]
@@ -235,7 +235,7 @@ def _tool_result(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _call_output(answer: Answer) -> dict[str, Any]:
+def _call_output(answer: Event) -> dict[str, Any]:
     output: Any = answer.text
     if answer.pictures:
         output = [{"type": "input_text", "text": answer.text}]
@@ -249,7 +249,7 @@ def _call_output(answer: Answer) -> dict[str, Any]:
     return made
 
 
-def _picture_parts(answer: Answer) -> Iterator[dict[str, Any]]:
+def _picture_parts(answer: Event) -> Iterator[dict[str, Any]]:
     names = ", ".join(view.flat(short(one.name)) for one in answer.pictures)
     yield {"type": "text", "text": f"Pictures that the program of call {view.flat(answer.call.id)} made: {names}"}
     for one in answer.pictures:

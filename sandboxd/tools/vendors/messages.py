@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sandboxd.tools.code.attempts import Attempts
     from sandboxd.tools.pipeline.tool import Caller, Tool
     from sandboxd.tools.result import ToolResult
-    from sandboxd.tools.vendors.forms import Answer, Call
+    from sandboxd.tools.vendors.forms import Call, Event
 
 __all__ = ["ahandle", "handle"]
 
@@ -49,7 +49,7 @@ def handle(dispatcher: Dispatching, message: object, attempts: Attempts | None, 
     steps = _steps(dispatcher, message, attempts, pictures)
     if len(steps) == 1:
         return forms.replies([steps[0].answered(steps[0].called())])
-    answers: list[Answer | None] = [None] * len(steps)
+    answers: list[Event | None] = [None] * len(steps)
     failures: list[BaseException] = []
     pending: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(steps)):
@@ -100,7 +100,7 @@ async def ahandle(
     steps = _steps(dispatcher, message, attempts, pictures)
     room = asyncio.Semaphore(AT_ONCE)
 
-    async def answer(step: _Step) -> Answer:
+    async def answer(step: _Step) -> Event:
         async with room:
             return await aside(step.answered, await step.acalled())
 
@@ -178,7 +178,7 @@ class _Step:
         tool = self._dispatcher.tool(call.name)
         return arguments if tool is None or not isinstance(arguments, dict) else vendors.from_openai(tool, arguments)
 
-    def answered(self, result: ToolResult) -> Answer:
+    def answered(self, result: ToolResult) -> Event:
         call = self._call
         note = ""
         if self._attempts is not None and self._number is not None:
@@ -186,7 +186,7 @@ class _Step:
         pictures, more = self._shown(result)
         note = "\n".join(part for part in (more, note) if part)
         text = forms.text_of(call.name, result, call.caller, note)
-        return forms.Answer(call, text, not result.ok, pictures)
+        return forms.Event(call, text, not result.ok, pictures)
 
     def _shown(self, result: ToolResult) -> tuple[Sequence[Any], str]:
         if not (self._pictures and result.ok and self._call.name == forms.RUN_CODE and self._call.caller == "model"):
