@@ -30,7 +30,7 @@ __all__ = [
 class SandboxError(Exception):
     """Root of every error of sandboxd; its string is one or two plain sentences.
 
-    *fields* names the attributes that make up an error of this class, in the order of its arguments.
+    *fields* names the attributes that make up an error of this class; its arguments have the same names.
     """
 
     fields: ClassVar[tuple[str, ...]] = ("message",)
@@ -43,7 +43,7 @@ class SandboxError(Exception):
         return self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), tuple(getattr(self, name) for name in self.fields))
+        return _rebuild, (type(self), {name: getattr(self, name) for name in self.fields})
 
     def plain(self) -> dict[str, Any]:
         """The error as values that JSON can carry; ``from_plain`` is the way back."""
@@ -89,7 +89,7 @@ class Unavailable(SandboxError):
 
     fields = ("stage", "errno", "fix", "message")
 
-    def __init__(self, stage: str, errno: int | None, fix: str, message: str = "") -> None:
+    def __init__(self, stage: str, message: str = "", *, errno: int | None = None, fix: str = "") -> None:
         super().__init__(message)
         self.stage = stage
         self.errno = errno
@@ -143,7 +143,7 @@ class ProtocolError(SandboxError):
 
 def later(what: str) -> Unavailable:
     """The error for something that the contract names and this version does not have yet."""
-    return Unavailable("version", None, "use a later version of sandboxd", f"{what} in a later version")
+    return Unavailable("version", f"{what} in a later version", fix="use a later version of sandboxd")
 
 
 _KINDS: dict[str, type[SandboxError]] = {
@@ -167,8 +167,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _rebuild(kind: type[SandboxError], values: tuple[Any, ...]) -> SandboxError:
-    return kind(*values)
+def _rebuild(kind: type[SandboxError], values: dict[str, Any]) -> SandboxError:
+    return kind(**values)
 
 
 def from_plain(plain: Mapping[str, Any]) -> SandboxError:
@@ -176,8 +176,8 @@ def from_plain(plain: Mapping[str, Any]) -> SandboxError:
     kind = _KINDS.get(plain["kind"]) if isinstance(plain.get("kind"), str) else None
     if kind is None or set(plain) != {"kind", *kind.fields}:
         raise ProtocolError("The other side reported an error in a form that is not in the protocol.")
-    values = tuple(plain[name] for name in kind.fields)
-    for name, value in zip(kind.fields, values, strict=True):
+    values = {name: plain[name] for name in kind.fields}
+    for name, value in values.items():
         if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and bool not in _TYPES[name]):
             raise ProtocolError(f"The other side reported an error whose {name!r} is of a wrong type.")
-    return kind(*values)
+    return kind(**values)

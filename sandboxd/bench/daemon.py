@@ -65,7 +65,7 @@ def served(policy: str, **settings: int | str) -> Iterator[Served]:
             while b"ready on" not in log.read_bytes():
                 if process.poll() is not None or time.monotonic() > deadline:
                     said = log.read_text("utf-8", "replace").strip().splitlines()[-1:] or ["it said nothing"]
-                    raise Unavailable("daemon", None, "see what `sandboxd serve` says", said[0])
+                    raise Unavailable("daemon", said[0], fix="see what `sandboxd serve` says")
                 time.sleep(LOOK_SECONDS)
             yield Served(f"unix:{values['socket']}", process.pid)
         finally:

@@ -99,9 +99,8 @@ class Instance(Closing):
             names = ", ".join(layout.missing)
             raise Unavailable(
                 "cgroup",
-                None,
-                "mount cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup), or boot without cgroup_disable=",
                 f"no mounted hierarchy has the controllers {names}",
+                fix="mount cgroup v2 (mount -t cgroup2 none /sys/fs/cgroup), or boot without cgroup_disable=",
             )
         base = f"sandboxd.{os.getpid()}.{start_time(os.getpid())}"
         for attempt in range(100):
@@ -109,7 +108,7 @@ class Instance(Closing):
                 return cls._create(layout, bounds, base if attempt == 0 else f"{base}.{attempt}")
             except FileExistsError:
                 continue
-        raise Unavailable("cgroup", errno.EEXIST, f"remove the directories {base}.* below the cgroup mounts")
+        raise Unavailable("cgroup", errno=errno.EEXIST, fix=f"remove the directories {base}.* below the cgroup mounts")
 
     @classmethod
     def _create(cls, layout: Layout, bounds: Bounds, name: str) -> Instance:
@@ -122,9 +121,8 @@ class Instance(Closing):
                 if layout.accounting is None:
                     raise Unavailable(
                         "cgroup",
-                        None,
-                        "mount the cpuacct hierarchy, or cgroup v2 (mkdir DIR && mount -t cgroup2 none DIR)",
                         "nothing measures the CPU time of a cell: there is neither cgroup v2 nor cpuacct",
+                        fix="mount the cpuacct hierarchy, or cgroup v2 (mkdir DIR && mount -t cgroup2 none DIR)",
                     )
                 hierarchies = _joined(hierarchies, layout.accounting)
                 if layout.freezer is not None:

@@ -26,7 +26,7 @@ def unavailable(error: OSError, hierarchy: Hierarchy, asked: str = "") -> Unavai
     text = f"cgroup v{hierarchy.version} ({names}), {error.filename or hierarchy.mount_point}: {error.strerror}"
     if asked:
         text += f"; systemd was asked for a scope: {asked}"
-    return Unavailable("cgroup", error.errno, _fix(error, hierarchy, asked), text)
+    return Unavailable("cgroup", text, errno=error.errno, fix=_fix(error, hierarchy, asked))
 
 
 def _fix(error: OSError, hierarchy: Hierarchy, asked: str) -> str:

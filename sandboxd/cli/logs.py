@@ -92,7 +92,7 @@ def unreadable(path: str, error: OSError) -> Unavailable:
         13: "run it as root, or ask the daemon: --connect unix:PATH",
         2: "name the file with --file, or a daemon with --connect unix:PATH",
     }.get(error.errno or 0, "name a file of audit records with --file")
-    return Unavailable("audit", error.errno, fix, f"{path} cannot be read")
+    return Unavailable("audit", f"{path} cannot be read", errno=error.errno, fix=fix)
 
 
 def _is_socket(path: str) -> bool:

@@ -39,7 +39,7 @@ class EngineProcess:
         """Start it; it does nothing before ``configure``. Raises Unavailable."""
         if not sys.executable:
             raise Unavailable(
-                "engine", None, "run under a Python interpreter that knows its own path", "no sys.executable"
+                "engine", "no sys.executable", fix="run under a Python interpreter that knows its own path"
             )
         # -I: no PYTHON* variable, no current directory. What the caller imports from comes after the interpreter's own.
         paths = [path for path in sys.path if os.path.isabs(path)]
@@ -63,7 +63,7 @@ class EngineProcess:
                 undo.pop_all()
         except OSError as error:
             fix = "raise the limits of processes and open files of this program"
-            raise Unavailable("engine", error.errno, fix, "the engine's process cannot be made") from error
+            raise Unavailable("engine", "the engine's process cannot be made", errno=error.errno, fix=fix) from error
         self._control: socket.socket | None = ours
 
     def configure(self, engine: dict[str, Any], likely: bool) -> None:
@@ -94,7 +94,7 @@ class EngineProcess:
             answer = None
         if answer is None:
             fix = "its message is on stderr; sandboxd doctor says what this host lacks"
-            raise Unavailable("engine", None, fix, "the engine ended while it started")
+            raise Unavailable("engine", "the engine ended while it started", fix=fix)
         answer.close()
         if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
             raise from_plain(answer.message["error"])

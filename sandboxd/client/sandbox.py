@@ -78,7 +78,7 @@ def open_daemon(path: str) -> socket.socket:
             111: f"start the daemon: sandboxd serve --socket {path}",
         }.get(error.errno or 0, "check the address")
         what = f"this user may not use {path}" if error.errno == 13 else f"no daemon answers at {path}"
-        raise Unavailable("connect", error.errno, fix, what) from error
+        raise Unavailable("connect", what, errno=error.errno, fix=fix) from error
     return sock
 
 

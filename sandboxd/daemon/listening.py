@@ -68,7 +68,7 @@ def handed_over(environment: MutableMapping[str, str]) -> socket.socket | None:
 
 def _wrong(what: str) -> Unavailable:
     fix = "in the socket unit: ListenSequentialPacket=PATH once, Accept=no and nothing else to listen on"
-    return Unavailable("socket", errno.EINVAL, fix, what)
+    return Unavailable("socket", what, errno=errno.EINVAL, fix=fix)
 
 
 @contextlib.contextmanager
@@ -86,7 +86,7 @@ def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise Unavailable(
-            "socket", error.errno, "choose another --socket, or run as root", f"{path}: {error}"
+            "socket", f"{path}: {error}", errno=error.errno, fix="choose another --socket, or run as root"
         ) from error
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
@@ -96,7 +96,7 @@ def listen(path: Path, group: str | None) -> Iterator[socket.socket]:
                 _bind(sock, path, gid)
             except OSError as error:
                 fix = "choose another --socket, or run as root"
-                raise Unavailable("socket", error.errno, fix, f"{path}: {error}") from error
+                raise Unavailable("socket", f"{path}: {error}", errno=error.errno, fix=fix) from error
             try:
                 yield sock
             finally:
@@ -120,14 +120,14 @@ def _take(lock: int, path: Path) -> None:
         ours = False
     if not ours:
         fix = "connect to it, or give this one another --socket"
-        raise Unavailable("socket", errno.EADDRINUSE, fix, f"a daemon serves {path} already")
+        raise Unavailable("socket", f"a daemon serves {path} already", errno=errno.EADDRINUSE, fix=fix)
 
 
 def _bind(sock: socket.socket, path: Path, gid: int) -> None:
     """Take the name *path* for *sock*. Raises OSError, Unavailable."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise Unavailable("socket", errno.EEXIST, "move it away", f"{path} is there and is no socket")
+            raise Unavailable("socket", f"{path} is there and is no socket", errno=errno.EEXIST, fix="move it away")
         os.unlink(path)
     before = os.umask(0o177)
     try:
@@ -138,7 +138,7 @@ def _bind(sock: socket.socket, path: Path, gid: int) -> None:
     bound = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if not stat.S_ISSOCK(os.fstat(bound).st_mode):
-            raise Unavailable("socket", errno.EEXIST, "choose a directory of root's", f"{path} was replaced")
+            raise Unavailable("socket", f"{path} was replaced", errno=errno.EEXIST, fix="choose a directory of root's")
         _give(f"/proc/self/fd/{bound}", gid)
         os.chmod(f"/proc/self/fd/{bound}", 0o660)
     finally:

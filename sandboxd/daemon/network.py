@@ -55,7 +55,7 @@ class NetworkCheck:
         if found:
             fix = "a new network namespace must hold nothing but lo, down; see sandboxd doctor"
             what = f"the cells' network namespace is not empty: {'; '.join(found)[:500]}"
-            raise Unavailable("self-test", None, fix, what)
+            raise Unavailable("self-test", what, fix=fix)
 
     @staticmethod
     async def _looked(path: str) -> list[str]:
@@ -89,4 +89,4 @@ def _checker() -> Callable[[str], list[str]]:
 
 def _unseen(why: str) -> Unavailable:
     fix = "let the daemon enter its own zygotes' namespaces; sandboxd doctor tries the same"
-    return Unavailable("self-test", None, fix, f"the cells' network namespace cannot be looked into: {why}")
+    return Unavailable("self-test", f"the cells' network namespace cannot be looked into: {why}", fix=fix)

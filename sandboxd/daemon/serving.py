@@ -68,7 +68,7 @@ def _make_directory(settings: AuditSettings) -> None:
         if settings.on_failure == "continue":
             return  # that it cannot be opened will be logged
         fix = "make the directory of the audit record, or name another file as path in [audit] of the configuration"
-        raise Unavailable("audit", error.errno, fix, str(path.parent)) from error
+        raise Unavailable("audit", str(path.parent), errno=error.errno, fix=fix) from error
 
 
 class Daemon:
@@ -220,7 +220,7 @@ class Daemon:
             if isinstance(error, SandboxError):
                 raise
             raise Unavailable(
-                "reload", getattr(error, "errno", None), "look at the daemon's log", str(error)
+                "reload", str(error), errno=getattr(error, "errno", None), fix="look at the daemon's log"
             ) from error
         log.info("reloaded; %s", "; ".join(said) or "nothing has changed")
         self._notifier.ready(self._status())
@@ -324,7 +324,9 @@ def main(config_path: str | Path | None, socket_path: str | Path | None) -> int:
     given = handed_over(os.environ)
     if given is not None and socket_path is not None:
         fix = "leave out --socket: the socket unit names the path"
-        raise Unavailable("socket", errno.EINVAL, fix, "a socket was handed over, and --socket names another one")
+        raise Unavailable(
+            "socket", "a socket was handed over, and --socket names another one", errno=errno.EINVAL, fix=fix
+        )
 
     def read() -> DaemonConfig:
         config = load_config(None if config_path is None else Path(config_path))

@@ -88,11 +88,11 @@ class Embedded:
         except SandboxError as error:
             return error
         except OSError as error:
-            return Unavailable("engine", error.errno, "sandboxd doctor says what this host lacks", str(error))
+            return Unavailable("engine", str(error), errno=error.errno, fix="sandboxd doctor says what this host lacks")
         except Exception as error:
             logging.getLogger("sandboxd.engine").exception("the engine cannot start")
             fix = "its traceback is on stderr; sandboxd doctor says what this host lacks"
-            return Unavailable("engine", None, fix, f"{type(error).__name__}: {error}")
+            return Unavailable("engine", f"{type(error).__name__}: {error}", fix=fix)
         return None
 
     async def _packet(self, operation: str) -> dict[str, Any]:

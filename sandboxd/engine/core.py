@@ -153,9 +153,8 @@ class Engine:
             if running > self.slot_ids.capacity:
                 raise Unavailable(
                     "ids",
-                    None,
-                    "give the engine a larger range of ids, or lower max_running",
                     f"{running} cells at once need as many ids; the range has {self.slot_ids.capacity}",
+                    fix="give the engine a larger range of ids, or lower max_running",
                 )
             if isinstance(self.instance, cgroup.NoInstance):
                 self.no_cgroups = NoCgroups(own_uid=self.ids.shared is None)
@@ -186,7 +185,7 @@ class Engine:
         if found is not None and not found.zygote.lost:
             return found
         if self._closed:
-            raise Unavailable("engine", None, "start a new one", "the engine is closing")
+            raise Unavailable("engine", "the engine is closing", fix="start a new one")
         making = self._preparing.get(key)
         if making is None:
             making = self._preparing[key] = asyncio.get_running_loop().create_task(self._make(key, plain))
@@ -319,7 +318,7 @@ class Engine:
             ]:
                 await asyncio.wait(making)
             if self._closed:
-                raise Unavailable("engine", None, "start a new one", "the engine is closing")
+                raise Unavailable("engine", "the engine is closing", fix="start a new one")
         except BaseException:
             for one in made.values():
                 await one.close()
@@ -360,13 +359,12 @@ class Engine:
         except TimeoutError:
             fix = "look at the load of this host; sandboxd doctor seals a cell step by step"
             what = f"the first cell did not run its self-test within {PROVE_SECONDS:.0f} s"
-            raise Unavailable("self-test", None, fix, what) from None
+            raise Unavailable("self-test", what, fix=fix) from None
         if header["status"] != "ok":
             raise Unavailable(
                 "self-test",
-                None,
-                "look at what it says, and at sandboxd doctor",
                 f"the first cell ended with {header['status']}: {complaint[-500:]}",
+                fix="look at what it says, and at sandboxd doctor",
             )
         guest = self.slot_ids.guest_uid(int(header["isolation"]["uid"]) - self.slot_ids.host_uid(0))
         keeps_groups = self.ids.shared is not None
@@ -376,7 +374,7 @@ class Engine:
         """Run a program of our own, beside the queue. Raises Unavailable when it does not end as it should."""
         header, _, complaint = await self._own_run(prepared, "pass", "probe")
         if header["status"] != "ok":
-            raise Unavailable("probe", None, "look at the engine's log", f"{header['status']}: {complaint[-500:]}")
+            raise Unavailable("probe", f"{header['status']}: {complaint[-500:]}", fix="look at the engine's log")
 
     async def _own_run(self, prepared: ActivePolicy, code: str, name: str) -> tuple[dict[str, Any], str, str]:
         """A run that takes no turn and is not recorded: header, stdout, stderr. Its slot is free afterwards."""
@@ -424,7 +422,7 @@ class Engine:
         Raises PolicyError, InvalidRequest, Busy, Unavailable: nothing of the program ran then.
         """
         if self._closed:
-            raise Unavailable("engine", None, "start a new one", "the engine is closing")
+            raise Unavailable("engine", "the engine is closing", fix="start a new one")
         if self._draining:
             raise Busy(DRAINING_SECONDS)
         limits: dict[str, LimitValue] = narrow(prepared.limits, request.limits)

@@ -85,23 +85,22 @@ def why_one_id(etc: StrPath = "/etc") -> Unavailable | None:
         if no_new_privs:
             return Unavailable(
                 "ids",
-                errno.EPERM,
-                "start it without no_new_privs, or as a service with AmbientCapabilities=CAP_SETUID CAP_SETGID",
                 "the engine is under no_new_privs, so newuidmap has no right to map ids for it",
+                errno=errno.EPERM,
+                fix="start it without no_new_privs, or as a service with AmbientCapabilities=CAP_SETUID CAP_SETGID",
             )
         for name, path in zip(("newuidmap", "newgidmap"), ranges.mapping_helpers(), strict=True):
             problem = helper_problem(path)
             if problem:
                 fix = "install newuidmap and newgidmap (Debian: apt install uidmap; Fedora: dnf install shadow-utils)"
-                return Unavailable("ids", None, fix, f"one id can be mapped only: {name} {problem}")
+                return Unavailable("ids", f"one id can be mapped only: {name} {problem}", fix=fix)
     uids, gids = ranges.subordinate_ranges(etc=etc)
     if not ranges.intersect(uids, gids):
         return Unavailable(
             "ids",
-            None,
-            _GRANT.format(user=user_name()),
             f"one id can be mapped only: {os.path.join(os.fspath(etc), 'subuid')} and subgid grant {user_name()} no "
             "common ids",
+            fix=_GRANT.format(user=user_name()),
         )
     return None
 
@@ -123,9 +122,9 @@ def claim(
     if first is None:
         raise Unavailable(
             "ids",
-            errno.ERANGE,
-            f"grant {ranges.MIN_BLOCK:,} consecutive ids at least: {_GRANT.format(user=user_name())}",
             f"{origin}: no block of these ids is granted to {user_name()}, mapped here and free of other users",
+            errno=errno.ERANGE,
+            fix=f"grant {ranges.MIN_BLOCK:,} consecutive ids at least: {_GRANT.format(user=user_name())}",
         )
     with ExitStack() as undo:
         fds = [fd for directory in lock_directories(places) for fd in _lock_file(directory)]
@@ -134,9 +133,9 @@ def claim(
         if not fds:
             raise Unavailable(
                 "ids",
-                errno.ENOENT,
-                f"loginctl enable-linger {user_name()}, or give that user a home directory",
                 "there is no directory of this user's alone to keep the claim of ids in",
+                errno=errno.ENOENT,
+                fix=f"loginctl enable-linger {user_name()}, or give that user a home directory",
             )
         block = first
         while not ranges.lock_all(fds, block):
@@ -218,7 +217,9 @@ def map_ids(pid: int, block: ranges.IdBlock) -> None:
 
 def _run_helper(path: str | None, pid: int, line: str) -> None:
     if path is None:
-        raise Unavailable("ids", errno.ENOENT, "install newuidmap and newgidmap", "the mapping helpers have gone")
+        raise Unavailable(
+            "ids", "the mapping helpers have gone", errno=errno.ENOENT, fix="install newuidmap and newgidmap"
+        )
     try:
         done = subprocess.run(
             [path, str(pid), *line.split()],
@@ -230,12 +231,12 @@ def _run_helper(path: str | None, pid: int, line: str) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise Unavailable("ids", None, "look why it hangs", f"{path} did not end") from None
+        raise Unavailable("ids", f"{path} did not end", fix="look why it hangs") from None
     if done.returncode:
         said = done.stderr.decode("utf-8", "replace").strip()[-300:] or f"it ended with status {done.returncode}"
         raise Unavailable(
             "ids",
-            errno.EPERM,
-            f"look at /etc/subuid and /etc/subgid, and at the rights of {path}: setuid root or file capabilities",
             f"the ids {line.strip()} were not mapped: {said}",
+            errno=errno.EPERM,
+            fix=f"look at /etc/subuid and /etc/subgid, and at the rights of {path}: setuid root or file capabilities",
         )

@@ -32,7 +32,7 @@ def check(program: str) -> None:
     for path in sorted(parts):
         found = problem(path)
         if found:
-            raise Unavailable("place", None, _FIX, f"the service cannot be started from {path}: {found}")
+            raise Unavailable("place", f"the service cannot be started from {path}: {found}", fix=_FIX)
 
 
 def problem(path: str) -> str:

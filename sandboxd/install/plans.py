@@ -172,26 +172,26 @@ def check(host: Host) -> None:
         fix = "run sandboxd serve under the supervisor that there is"
         if not host.user:
             fix += ", or prepare a tree with --root DIR"
-        raise Unavailable("install", None, fix, "this host was not started by systemd")
+        raise Unavailable("install", "this host was not started by systemd", fix=fix)
     if host.user and not host.succeeds("systemctl", "--user", "show-environment"):
         fix = f"log in as this user, or as root: loginctl enable-linger {pwd.getpwuid(os.geteuid()).pw_name}"
-        raise Unavailable("install", None, fix, "no systemd of this user's can be reached")
+        raise Unavailable("install", "no systemd of this user's can be reached", fix=fix)
 
 
 def check_caller(host: Host) -> None:
     """Raises Unavailable unless the caller is the one whose service it is: all that a removal wants."""
     if not host.user and os.geteuid() != 0:
         fix = "run it as root (sudo), or with --user for a service of your own"
-        raise Unavailable("install", None, fix, "the service of the system is installed by root")
+        raise Unavailable("install", "the service of the system is installed by root", fix=fix)
     if host.user and os.geteuid() == 0 and host.live:
-        raise Unavailable("install", None, "leave out --user", "root has the service of the system")
+        raise Unavailable("install", "root has the service of the system", fix="leave out --user")
 
 
 def check_account(host: Host) -> None:
     """Raises Unavailable when somebody else has the name: that account would get the right to map any id."""
     if not host.user and not _is_ours(host):
         fix = f"rename it, or, if it was made for this: usermod --comment '{texts.GECOS}' {USER}"
-        raise Unavailable("install", None, fix, f"there is a user {USER} already, which no installation made")
+        raise Unavailable("install", f"there is a user {USER} already, which no installation made", fix=fix)
 
 
 def _is_ours(host: Host) -> bool:
@@ -213,7 +213,7 @@ def check_alone(host: Host) -> None:
     for directory in (PACKAGE.units, "/lib/systemd/system"):
         if not host.user and host.at(f"{directory}/sandboxd.service").exists():
             fix = "use it (systemctl enable --now sandboxd.socket), or remove the package first"
-            raise Unavailable("install", None, fix, "the package sandboxd has installed the service already")
+            raise Unavailable("install", "the package sandboxd has installed the service already", fix=fix)
 
 
 def is_running() -> bool:

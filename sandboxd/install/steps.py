@@ -61,7 +61,7 @@ class Host:
         found = self.root / path.lstrip("/")
         if not self.live and not found.parent.resolve().is_relative_to(self.root.resolve()):
             fix = "replace the absolute link in it by a relative one"
-            raise Unavailable("install", None, fix, f"{found.parent} leads out of {self.root}")
+            raise Unavailable("install", f"{found.parent} leads out of {self.root}", fix=fix)
         return found
 
     def succeeds(self, *command: str) -> bool:
@@ -108,7 +108,7 @@ class File(Step):
         if self.keep:
             return False
         if not there.startswith(MARK):
-            raise Unavailable("install", None, "move it away", f"{self.path} is there and was not written by sandboxd")
+            raise Unavailable("install", f"{self.path} is there and was not written by sandboxd", fix="move it away")
         return True
 
     def do(self, host: Host) -> None:
@@ -180,13 +180,15 @@ class Run(Step):
                 self.command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_COMMAND_SECONDS, check=False
             )
         except subprocess.TimeoutExpired as error:
-            raise Unavailable("install", None, "look why it hangs", f"{' '.join(self.command)} did not end") from error
+            raise Unavailable("install", f"{' '.join(self.command)} did not end", fix="look why it hangs") from error
         except FileNotFoundError as error:
-            raise Unavailable("install", error.errno, f"install {self.command[0]}", f"no {self.command[0]}") from error
+            raise Unavailable(
+                "install", f"no {self.command[0]}", errno=error.errno, fix=f"install {self.command[0]}"
+            ) from error
         if done.returncode and not self._may_fail:
             said = (done.stderr or done.stdout).decode("utf-8", "replace").strip()[-500:]
             fix = "look at what it says; systemctl status sandboxd.service, journalctl --unit=sandboxd"
-            raise Unavailable("install", None, fix, f"{' '.join(self.command)} ended with {done.returncode}: {said}")
+            raise Unavailable("install", f"{' '.join(self.command)} ended with {done.returncode}: {said}", fix=fix)
 
 
 class Subids(Step):
@@ -349,7 +351,7 @@ def _text_of(path: Path) -> str | None:
     """The text of a regular file; None when there is none. Raises Unavailable when something else is in its place."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise Unavailable("install", None, "move it away", f"{path} is there and is no regular file")
+            raise Unavailable("install", f"{path} is there and is no regular file", fix="move it away")
         return path.read_text("utf-8", "replace")
     except FileNotFoundError:
         return None

@@ -51,7 +51,7 @@ def free_range(taken: Sequence[IdRange], known: Callable[[int], bool] = lambda _
             if area is None and not known(base):
                 return IdRange(base, COUNT)
             base = -(-(base + 1 if area is None else area.end) // COUNT) * COUNT
-    raise Unavailable("ids", None, "free a range in /etc/subuid and /etc/subgid", f"no {COUNT:,} ids are free")
+    raise Unavailable("ids", f"no {COUNT:,} ids are free", fix="free a range in /etc/subuid and /etc/subgid")
 
 
 def add(etc: Path, user: str) -> None:
@@ -136,7 +136,7 @@ def _lock(path: Path) -> Callable[[], None]:
                     continue
                 if time.monotonic() > until:
                     fix = "wait for the tool that changes it, or remove the lock"
-                    raise Unavailable("ids", errno.EAGAIN, fix, f"{lock} is held") from None
+                    raise Unavailable("ids", f"{lock} is held", errno=errno.EAGAIN, fix=fix) from None
                 time.sleep(0.1)
             else:
                 return lock.unlink

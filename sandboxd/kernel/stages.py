@@ -130,4 +130,4 @@ def unavailable(stage: int, number: int, detail: str = "") -> Unavailable:
         )
     if number == errno.ENOMEM:
         fix = f"memory ran out; {fix}"
-    return Unavailable(name, number or None, fix, f"{words}{f' at {detail}' if detail else ''} was refused")
+    return Unavailable(name, f"{words}{f' at {detail}' if detail else ''} was refused", errno=number or None, fix=fix)

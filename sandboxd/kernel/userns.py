@@ -66,4 +66,4 @@ def explained(refusal: Unavailable, root: Path = Path("/")) -> Unavailable:
     if not known:
         return refusal
     message = f"{refusal.message}: {', '.join(why for why, _ in known)}"
-    return Unavailable(refusal.stage, refusal.errno, "; ".join(fix for _, fix in known), message)
+    return Unavailable(refusal.stage, message, errno=refusal.errno, fix="; ".join(fix for _, fix in known))

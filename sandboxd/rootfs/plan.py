@@ -169,7 +169,6 @@ def plan_host(
     except _Conflict as conflict:
         raise Unavailable(
             stage="rootfs",
-            errno=None,
             message=f"the interpreter {python.executable} cannot be shown inside: {conflict}",
             fix="move the environment elsewhere, or name it by a path without symlinks",
         ) from conflict
@@ -343,7 +342,6 @@ def _dangerous(walk: Walk, how: str, why: str) -> Unavailable:
     shown = walk.path if walk.path == walk.real else f"{walk.path} ({walk.real})"
     return Unavailable(
         stage="rootfs",
-        errno=None,
         message=f"the interpreter's directory {shown} {how} {why}",
         fix="move the environment to a directory of its own, such as /opt/sandbox-env, and name its bin/python with "
         "[runtime] interpreter",
@@ -355,7 +353,6 @@ def _refuse_unusable(tree: HostTree, plan: _Plan, python: Interpreter, executabl
     if not plan.visible(executable.real):
         raise Unavailable(
             stage="rootfs",
-            errno=None,
             message=f"{python.executable} is {executable.real}, outside of the interpreter's own directories",
             fix="make the environment anew from an installed Python, or name another with [runtime] interpreter",
         )
@@ -368,7 +365,6 @@ def _refuse_unusable(tree: HostTree, plan: _Plan, python: Interpreter, executabl
         if closed is not None:
             raise Unavailable(
                 stage="rootfs",
-                errno=None,
                 message=f"{closed} is not readable for everyone, and a cell runs as an id that owns nothing",
                 fix=f"chmod -R o+rX {root}",
             )

@@ -259,7 +259,7 @@ def _frame(profile: Profile, sections: dict[_Rows, int]) -> list[_Instruction]:
         return _parse(_exported(made))
     except OSError as error:
         raise Unavailable(
-            "seccomp", error.errno, "install libseccomp 2.5 or newer", "libseccomp could not build the filter"
+            "seccomp", "libseccomp could not build the filter", errno=error.errno, fix="install libseccomp 2.5 or newer"
         ) from error
 
 
@@ -303,7 +303,7 @@ def _libseccomp() -> Any:
         import pyseccomp  # pyright: ignore[reportMissingTypeStubs]
     except (ImportError, RuntimeError, AttributeError) as error:  # RuntimeError: libseccomp.so.2 is not there
         raise Unavailable(
-            "seccomp", None, "install libseccomp (Debian: apt install libseccomp2) and pyseccomp", str(error)
+            "seccomp", str(error), fix="install libseccomp (Debian: apt install libseccomp2) and pyseccomp"
         ) from error
     return pyseccomp
 
@@ -512,9 +512,8 @@ def prove(programs: Sequence[bytes], profile: Profile, also: Sequence[Profile] =
             if min(answers, key=_rank) != _returned(profile.decide(number, arguments)):
                 raise Unavailable(
                     "seccomp",
-                    None,
-                    "report this with the version of libseccomp",
                     f"the filter that was built does not do for call {number} what {profile.name} says",
+                    fix="report this with the version of libseccomp",
                 )
 
 

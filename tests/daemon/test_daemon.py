@@ -353,7 +353,7 @@ def test_a_policy_that_fails_is_not_tried_again_at_once(monkeypatch: pytest.Monk
     async def fail(*_: object) -> NoReturn:
         nonlocal tries
         tries += 1
-        raise Unavailable("zygote", None, "")
+        raise Unavailable("zygote", fix="")
 
     async def main() -> None:
         engine = Engine(EngineConfig())

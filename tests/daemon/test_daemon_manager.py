@@ -196,7 +196,7 @@ def test_watchdog_takes_a_clients_run_for_its_own_and_no_failure_for_life() -> N
         async def probe() -> None:
             nonlocal probes
             probes += 1
-            raise Unavailable("probe", None, "")
+            raise Unavailable("probe", fix="")
 
         watching = asyncio.create_task(watchdog.watch(heard, lambda: served, probe))
         for _ in range(20):

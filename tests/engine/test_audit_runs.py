@@ -312,7 +312,7 @@ def test_a_tool_call_of_a_run_is_recorded_between_its_beginning_and_its_end(tmp_
                 call = {"tool": "query", "caller": "code", "arguments": {"q": "hunter22", "api_key": "abc"}}
                 trail.tool("0a", {**call, "result": {"ok": True, "value": "abcabc", "error": None}})
                 trail.tool("0b", {"tool": "of nobody's run"})
-                raise Unavailable("cell", errno.EIO, "")
+                raise Unavailable("cell", errno=errno.EIO, fix="")
 
         with pytest.raises(Unavailable):
             await one()

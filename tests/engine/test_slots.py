@@ -229,7 +229,7 @@ def test_an_abandoned_slot_is_free_again_when_its_leaf_is_empty(instance: Instan
 
 def test_an_abandoned_slot_without_cgroups_stays_lost() -> None:
     async def scenario() -> None:
-        with NoInstance(Unavailable("cgroup", None, "", "none in this test")) as without:
+        with NoInstance(Unavailable("cgroup", "none in this test", fix="")) as without:
             slots = Slots(without, 2, os.geteuid())
             slots.abandon(slots.take())
             await asyncio.sleep(0.2)

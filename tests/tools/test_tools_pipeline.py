@@ -388,7 +388,7 @@ def test_the_cell_stands_still_while_its_call_is_judged(is_async: bool) -> None:
     assert run.log == ["frozen", "asked by code of run-1", "thawed"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), Unavailable("freezer", None, "")], ids=["os", "ours"])
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "x"), Unavailable("freezer", fix="")], ids=["os", "ours"])
 def test_nobody_is_asked_when_the_cell_cannot_be_frozen(error: Exception) -> None:
     asked: list[int] = []
     with Dispatcher([delete], approve=lambda *_: asked.append(1)) as dispatcher:

@@ -668,7 +668,11 @@ class Failing:
     ("error", "code", "text"),
     [
         (Busy(2.5), "busy", "was not started. Send it again in 2.5 s."),
-        (Unavailable("cgroup", 13, "chown /sys/secret", "no access"), "unavailable", "cannot run programs now"),
+        (
+            Unavailable("cgroup", "no access", errno=13, fix="chown /sys/secret"),
+            "unavailable",
+            "cannot run programs now",
+        ),
         (ConnectionLost(True), "unavailable", "may have started"),
         (ConnectionLost(False), "unavailable", "before the program started. Send it again."),
         (RuntimeError("This Sandbox is closed."), "unavailable", "cannot run programs now"),

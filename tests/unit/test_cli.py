@@ -94,7 +94,7 @@ def test_exit_status(result: SimpleNamespace, status: int) -> None:
         (PolicyError("no"), 2),
         (InvalidRequest("stdin", "no"), 2),
         (Busy(1.0), 75),
-        (Unavailable("cgroup", 13, "mend it"), 125),
+        (Unavailable("cgroup", errno=13, fix="mend it"), 125),
         (ConnectionLost(may_have_started=True), 125),
         (ProtocolError("no"), 125),
     ],
@@ -419,7 +419,7 @@ def test_output_dir_is_the_directory_that_was_there_at_the_start(stand: Stand, t
     ("error", "status", "said"),
     [
         (Busy(2.0), 75, "busy"),
-        (Unavailable("cgroup", 13, "delegate a subtree"), 125, None),
+        (Unavailable("cgroup", errno=13, fix="delegate a subtree"), 125, None),
         (ConnectionLost(may_have_started=True), 125, "internal"),
         (ConnectionLost(may_have_started=False), 125, None),
         (PolicyError("unknown policy 'x'"), 2, None),

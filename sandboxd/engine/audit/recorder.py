@@ -225,7 +225,7 @@ def unavailable(error: AuditError, path: str | None = None) -> Unavailable:
     """The refusal of a run, or with *path* of a start, whose record cannot be written."""
     fix = _FIXES.get(error.errno or 0, "look at the engine's log, and at the file system of the audit record")
     what = "nothing is run that cannot be recorded"
-    return Unavailable("audit", error.errno, fix, what if path is None else f"{path}: {what}")
+    return Unavailable("audit", what if path is None else f"{path}: {what}", errno=error.errno, fix=fix)
 
 
 async def _in_thread(function: Callable[[], None]) -> None:

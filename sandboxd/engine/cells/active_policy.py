@@ -177,11 +177,11 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> ActivePolicy:
         if isinstance(engine.instance, NoInstance):
             raise engine.instance.refusal
         fix = "mount or delegate the controller; sandboxd doctor shows where each one lives"
-        raise Unavailable("cgroup", None, fix, f"the policy requires the controllers {', '.join(lacking)}")
+        raise Unavailable("cgroup", f"the policy requires the controllers {', '.join(lacking)}", fix=fix)
     shared = engine.ids.shared
     if shared is not None and wanted["own_uid"]:
         what = f"the policy requires a host uid for each cell ([require] own_uid); {shared.message}"
-        raise Unavailable("ids", shared.errno, shared.fix, what)
+        raise Unavailable("ids", what, errno=shared.errno, fix=shared.fix)
     chosen = plain["seccomp"]
     profile = seccomp.effective(chosen["profile"], chosen["allow"], chosen["deny"])
     for name in seccomp.CELLS_NEED:

@@ -155,7 +155,9 @@ class Cell:
         engine = self._engine
         if engine.crowded:
             what = f"{engine.descriptors - SPARE_DESCRIPTORS} descriptors are open, and {engine.descriptors} may be"
-            raise Unavailable("cell", errno.EMFILE, "raise the limit of open files, or lower max_running", what)
+            raise Unavailable(
+                "cell", what, errno=errno.EMFILE, fix="raise the limit of open files, or lower max_running"
+            )
         try:
             slot = engine.slots.take()
             try:
@@ -165,10 +167,10 @@ class Cell:
                 raise
         except IndexError:
             fix = "start the engine again; its log says which processes would not die"
-            raise Unavailable("slots", None, fix, "every slot is lost to processes that would not die") from None
+            raise Unavailable("slots", "every slot is lost to processes that would not die", fix=fix) from None
         except OSError as error:
             fix = "the engine must own its cgroup subtree; sandboxd doctor says what is missing"
-            raise Unavailable("cgroup", error.errno, fix, str(error)) from error
+            raise Unavailable("cgroup", str(error), errno=error.errno, fix=fix) from error
         self.slot = slot
         self.made_at = time.monotonic()
         try:
@@ -194,7 +196,7 @@ class Cell:
             self._source = workspace.make_source(self.prepared.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
             self._loop.add_reader(poll.fileno(), self._ready)
         except OSError as error:
-            self._fail(Unavailable("cell", error.errno, "raise the limit of open files", str(error)))
+            self._fail(Unavailable("cell", str(error), errno=error.errno, fix="raise the limit of open files"))
 
     def not_made(self, refusal: Unavailable) -> None:
         """As ``zygote.CellEvents``."""
@@ -252,7 +254,7 @@ class Cell:
         """One that has not said in time that its walls are up is ended."""
         if self.life.state in (State.MAKING, State.SEALING) and now - self.made_at > HELLO_SECONDS:
             self._fail(
-                Unavailable("cell", None, "look at the engine's log", "the new cell did not say that its walls are up")
+                Unavailable("cell", "the new cell did not say that its walls are up", fix="look at the engine's log")
             )
 
     def attach(self, events: RunEvents) -> None:
@@ -381,12 +383,12 @@ class Cell:
                 self.is_parked = True
                 self._owner.parked(self)
         elif state is State.SEALED:
-            self._fail(Unavailable("cell", None, "look at the engine's log", "a parked cell said what it should not"))
+            self._fail(Unavailable("cell", "a parked cell said what it should not", fix="look at the engine's log"))
 
     def _hello(self, data: bytes) -> None:
         if len(data) != HELLO.size or data[:4] != b"SBXC":
             what = "the new cell's first packet is not its own"
-            self._fail(Unavailable("cell", None, "reinstall sandboxd", what))
+            self._fail(Unavailable("cell", what, fix="reinstall sandboxd"))
             return
         _, stage, number, _ = HELLO.unpack(data)
         if stage:
@@ -435,7 +437,7 @@ class Cell:
             self._speaks()  # no program has been in it: which step was refused, if it could say so
         if self.life.state in (State.SEALING, State.SEALED):
             when = "before its walls were up" if self.life.state is State.SEALING else "while nobody had it"
-            self._fail(Unavailable("cell", None, "look at the engine's log", f"the new cell ended {when}"))
+            self._fail(Unavailable("cell", f"the new cell ended {when}", fix="look at the engine's log"))
 
     def dead(self) -> None:
         """As ``zygote.CellEvents``."""

@@ -140,4 +140,4 @@ def filters_of_ours() -> int:
 
 def _failed(what: str) -> Unavailable:
     fix = "do not serve tenants on this host; run sandboxd doctor and report what it says"
-    return Unavailable("self-test", None, fix, f"a wall that was raised does not hold: {what}")
+    return Unavailable("self-test", f"a wall that was raised does not hold: {what}", fix=fix)

@@ -350,11 +350,11 @@ class Zygote:
             answer = await asyncio.wait_for(self._ready, READY_SECONDS)
         except TimeoutError:
             fix = "look at [runtime] preload and warmup: they did not end"
-            raise Unavailable("zygote", None, fix, f"no zygote after {READY_SECONDS:.0f} s") from None
+            raise Unavailable("zygote", f"no zygote after {READY_SECONDS:.0f} s", fix=fix) from None
         except (ZygoteLost, OSError) as error:
             fix = f"start {self.python.executable} by hand; the rootfs shows it only its own prefix and /usr"
             what = f"the interpreter ended before it was ready: {self.last_words()}"
-            raise Unavailable("zygote", getattr(error, "errno", None), fix, what) from None
+            raise Unavailable("zygote", what, errno=getattr(error, "errno", None), fix=fix) from None
         if not answer.get("ok"):
             raise _not_preloaded(answer, self.python, config.policy)
         if answer["open_fds"]:
@@ -368,9 +368,10 @@ class Zygote:
         if self.landlock_abi < config.landlock_abi:
             raise Unavailable(
                 "landlock",
-                errno.EOPNOTSUPP,
-                "boot with landlock in lsm=, on a kernel that has it, or lower [require] landlock_abi in the policy",
                 f"the policy requires Landlock ABI {config.landlock_abi}, this kernel has {self.landlock_abi}",
+                errno=errno.EOPNOTSUPP,
+                fix="boot with landlock in lsm=, on a kernel that has it, or lower [require] landlock_abi in the "
+                "policy",
             )
 
     async def _executed(self) -> None:
@@ -382,7 +383,7 @@ class Zygote:
             said = os.read(report, 64)
         except TimeoutError:
             fix = "look at the mounts of this host: one of them does not answer"
-            raise Unavailable("zygote", None, fix, f"the root was not built within {SPAWN_SECONDS:.0f} s") from None
+            raise Unavailable("zygote", f"the root was not built within {SPAWN_SECONDS:.0f} s", fix=fix) from None
         finally:
             os.close(report)
         if said:
@@ -782,9 +783,9 @@ def _not_preloaded(answer: dict[str, Any], python: Interpreter, policy: str) -> 
         packages = " ".join(dict.fromkeys(name.partition(".")[0] for name in missing))
         fix = f"install it for that interpreter: {python.executable} -m pip install {packages}"
         what = f"not installed, which the policy's [runtime] section imports: {', '.join(missing)}"
-        return Unavailable("preload", None, fix, what)
+        return Unavailable("preload", what, fix=fix)
     where = "warmup" if step == "warmup" else f"preload of {step!r}"
-    return Unavailable("preload", None, "mend the policy's [runtime] section", f"{where} failed: {answer.get('error')}")
+    return Unavailable("preload", f"{where} failed: {answer.get('error')}", fix="mend the policy's [runtime] section")
 
 
 def _left_threads(found: Sequence[dict[str, str]], policy: str) -> Unavailable:
@@ -794,7 +795,7 @@ def _left_threads(found: Sequence[dict[str, str]], policy: str) -> Unavailable:
         f"have {_step(found[0])} start no thread, by a setting of the library, or end the thread in warmup; or take "
         "that out of [runtime] and leave it to the programs"
     )
-    return Unavailable("threads", None, fix, what)
+    return Unavailable("threads", what, fix=fix)
 
 
 def _left_shared(found: Sequence[dict[str, str]], policy: str) -> Unavailable:
@@ -804,7 +805,7 @@ def _left_shared(found: Sequence[dict[str, str]], policy: str) -> Unavailable:
         f"have {_step(found[0])} map it MAP_PRIVATE, or unmap it in warmup; or take that out of [runtime] and leave it "
         "to the programs"
     )
-    return Unavailable("shared-memory", None, fix, what)
+    return Unavailable("shared-memory", what, fix=fix)
 
 
 def _step(one: dict[str, str]) -> str:

@@ -204,7 +204,9 @@ class Connection:
     async def _read_again(self, reload: Reload) -> None:
         if not self._sees_all:
             fix = "ask root, or the user that the daemon runs as"
-            await self._refuse(Unavailable("reload", errno.EPERM, fix, "only its operator has a daemon reload"))
+            await self._refuse(
+                Unavailable("reload", "only its operator has a daemon reload", errno=errno.EPERM, fix=fix)
+            )
             return
         try:
             said = await reload()
@@ -301,7 +303,7 @@ class Connection:
         except OSError as error:
             self._running = False
             log.exception("a run failed")
-            await self._refuse(Unavailable("engine", error.errno, "look at the engine's log", str(error)))
+            await self._refuse(Unavailable("engine", str(error), errno=error.errno, fix="look at the engine's log"))
         finally:
             self._running = False
             self._run_now = None

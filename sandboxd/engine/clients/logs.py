@@ -36,7 +36,7 @@ async def answer(engine: Engine, message: Mapping[str, Any], uid: int | None) ->
         raise ProtocolError("A request for logs has a cursor that it was given, or null, and a run's id, or null.")
     path = engine.trail.path
     if path is None:
-        raise Unavailable("audit", None, "set enabled = true in [audit] of its configuration", "nothing is recorded")
+        raise Unavailable("audit", "nothing is recorded", fix="set enabled = true in [audit] of its configuration")
     start = START if cursor is None else (cursor[0], cursor[1])
     async with engine.reading:
         try:
@@ -44,7 +44,9 @@ async def answer(engine: Engine, message: Mapping[str, Any], uid: int | None) ->
         except FileNotFoundError:
             found = Page([], start, True)  # it is made when something can be written
         except OSError as error:
-            raise Unavailable("audit", error.errno, "look at the engine's log", "it cannot be read") from error
+            raise Unavailable(
+                "audit", "it cannot be read", errno=error.errno, fix="look at the engine's log"
+            ) from error
     return {"op": "logs", "cursor": list(found.cursor), "end": found.end}, found.lines
 
 

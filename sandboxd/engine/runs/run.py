@@ -285,9 +285,7 @@ class CellRun:
             if self._failure is not None:
                 raise self._failure
             if self.started is None and self._cause is None:
-                raise Unavailable(
-                    "cell", None, "look at the engine's log", "the new cell ended before its program came"
-                )
+                raise Unavailable("cell", "the new cell ended before its program came", fix="look at the engine's log")
             if cell.slot is not None and self.started is not None:
                 counters = cell.leaf.counters() if cell.leaf.counts else None
             if cell.fds is not None and cell.fds.workspace >= 0 and self.started is not None:
@@ -346,7 +344,7 @@ class CellRun:
                 cell.leaf.set_limits(leaf_limits(limits))
             except OSError as error:
                 fix = "the engine must own its cgroup subtree; sandboxd doctor says what is missing"
-                raise Unavailable("cgroup", error.errno, fix, str(error)) from error
+                raise Unavailable("cgroup", str(error), errno=error.errno, fix=fix) from error
         owner = self._engine.slot_ids.guest_uid(cell.slot.index)
         if request.files or len(request.code) > LOOP_CHARACTERS:
             self._known, seconds = await in_thread(_write_inputs, cell, request, owner)

@@ -235,10 +235,10 @@ class RunTools:
             why = answer.wait()
             if why:
                 fix = "" if why == OVER else "see sandboxd doctor: the cgroup freezer is needed"
-                raise Unavailable("freezer", None, fix, why.decode("utf-8", "replace"))
+                raise Unavailable("freezer", why.decode("utf-8", "replace"), fix=fix)
             yield
             if self._is_over(sock):  # a yes for a program that is gone is none
-                raise Unavailable("freezer", None, "", OVER.decode())
+                raise Unavailable("freezer", OVER.decode(), fix="")
         finally:
             with self._sending:
                 with self._lock:
