@@ -32,7 +32,7 @@ from sandboxd.engine import held_time
 from sandboxd.engine.cells.zygote import ZygoteLost
 from sandboxd.engine.clients.connection import Connection
 from sandboxd.engine.collecting import collect_when_idle
-from sandboxd.engine.core import Engine
+from sandboxd.engine.engine import Engine
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 from sandboxd.protocol import packets
 
@@ -156,7 +156,7 @@ class Daemon:
         task.add_done_callback(self._own_tasks.discard)
 
     async def _probe(self) -> None:
-        await self._engine.probe(await self._policy(None))
+        await self._engine.policies.probe(await self._policy(None))
 
     def _status(self) -> str:
         return f"Serving; policies in force: {', '.join(sorted(self._plain))}"
@@ -228,12 +228,12 @@ class Daemon:
 
     async def _change(self) -> list[str]:
         # What was asked for but could not be brought into force, or is about to be, is read again when it is asked for.
-        hashes = {name: self._engine.filter_hash(name) for name in self._plain}
+        hashes = {name: self._engine.policies.filter_hash(name) for name in self._plain}
         idle = [name for name, sha256 in hashes.items() if not sha256]
         in_force = {name: (plain, hashes[name]) for name, plain in self._plain.items() if hashes[name]}
         planned = await asyncio.to_thread(lambda: plan(self._config, self._reread(), in_force))
         self._notifier.extend(POLICY_SECONDS * (1 + len(planned.changed)))
-        await self._engine.replace(planned.changed, [*planned.removed, *idle])
+        await self._engine.policies.replace(planned.changed, [*planned.removed, *idle])
         # Nothing suspends from here on: who asks for a policy gets all of the old or all of the new.
         self._config = planned.config
         self._engine.config = replace(
@@ -261,7 +261,7 @@ class Daemon:
                     self._plain[chosen] = await asyncio.to_thread(
                         lambda: plain_policy(find_policy(config, chosen), chosen)
                     )
-        return await self._engine.prepared(chosen, self._plain[chosen])
+        return await self._engine.policies.get(chosen, self._plain[chosen])
 
     def _accept(self, listener: socket.socket) -> None:
         try:

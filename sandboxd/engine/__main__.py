@@ -21,7 +21,7 @@ from sandboxd.engine import held_time
 from sandboxd.engine.clients.connection import Connection
 from sandboxd.engine.collecting import collect_when_idle
 from sandboxd.engine.config import EngineConfig
-from sandboxd.engine.core import Engine
+from sandboxd.engine.engine import Engine
 from sandboxd.errors import ProtocolError, SandboxError, Unavailable
 from sandboxd.protocol import packets
 
@@ -116,7 +116,7 @@ class Embedded:
         assert self._engine is not None  # noqa: S101
         if name is not None:
             raise Engine.policy_error(name)
-        return await self._engine.prepared("", self._plain)
+        return await self._engine.policies.get("", self._plain)
 
     def _take(self) -> None:
         """One packet of the control socket: one byte and a connection, or the end."""

@@ -7,14 +7,57 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
-from sandboxd.engine.cells.pool import PoolSettings
 from sandboxd.errors import PolicyError
 from sandboxd.limits import shown
 
-__all__ = ["AuditSettings", "EngineConfig", "host_memory_bytes"]
+__all__ = ["AuditSettings", "EngineConfig", "PoolSettings", "host_memory_bytes"]
 
 _PIDS_PER_RUN: Final = 256  # four times what a run may have by default
 _ENGINE_PIDS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """An operator's bounds on the parked cells of each policy."""
+
+    minimum: int = 2
+    """Parked when nothing happens. 0: only after a first run has come."""
+    maximum: int = 16
+    """Parked at most; 0 parks none."""
+    memory_bytes: int = 256 << 20
+    """Of all parked cells together, what is their own."""
+    age_seconds: float = 300.0
+    """A parked cell that waited longer is replaced."""
+    zygote_cells: int = 20_000
+    """So many cells are forked before the zygote is replaced by a new one, with other addresses and hash seeds."""
+    zygote_seconds: float = 3600.0
+    """So long it serves at most."""
+
+    @classmethod
+    def from_plain(cls, plain: object) -> PoolSettings:
+        """Raises PolicyError for a key or a value that cannot be."""
+        if not isinstance(plain, dict):
+            raise PolicyError("pool must be a table.", key="pool")
+        known = {field.name for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in plain.items():
+            if key not in known:
+                what = f"{key!r} is not a setting of the pool. They are {', '.join(sorted(known))}."
+                raise PolicyError(what, key=f"pool.{key}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key.endswith("_seconds"):
+                if not number or not 0.1 <= value <= 1e9:
+                    raise PolicyError(f"pool.{key} must be a number of seconds from 0.1.", key=f"pool.{key}")
+                value = float(value)
+            elif type(value) is not int or not (1 if key == "zygote_cells" else 0) <= value <= 1 << 50:
+                raise PolicyError(f"pool.{key} must be a whole number that is not negative.", key=f"pool.{key}")
+            values[key] = value
+        if "maximum" in values:
+            values.setdefault("minimum", min(cls().minimum, values["maximum"]))
+        made = cls(**values)
+        if made.minimum > made.maximum:
+            raise PolicyError(f"pool.minimum ({made.minimum}) is above pool.maximum.", key="pool.minimum")
+        return made
 
 
 @dataclass(frozen=True, slots=True)

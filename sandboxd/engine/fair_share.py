@@ -1,4 +1,4 @@
-"""How much of the engine's one thread a uid may take by what it sends.
+"""How much of the engine's one thread, and of its memory, a uid may take by what it sends.
 
 Requests are parsed where every run is watched, so who sends large ones in a row would stop everybody's clocks.
 """
@@ -8,13 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Final
+
+from sandboxd.errors import Busy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["FairShare", "Floor"]
+__all__ = ["FairShare", "Floor", "Shares"]
 
+HELD_BYTES: Final = 64 << 20
+"""Source texts and JSON of one uid's requests, waiting or running; as Python's objects they take several times that."""
 _SMALL_SECONDS: Final = 0.001
 """The loop's clock has no finer step; less than this is added up until it is more."""
 
@@ -90,3 +96,43 @@ class FairShare:
 
     def _paid(self) -> None:
         pass
+
+
+class Shares:
+    """Every uid's share of one engine. A uid of None is the operator's, and not bounded."""
+
+    def __init__(self) -> None:
+        self._floor = Floor()
+        self._shares: weakref.WeakValueDictionary[object, FairShare] = weakref.WeakValueDictionary()
+        self._held: Counter[object] = Counter()
+
+    def of(self, who: object) -> FairShare:
+        """*who*'s share of the engine's thread, the same for all its connections."""
+        if who is None:
+            return FairShare(True, self._floor)
+        found = self._shares.get(who)
+        if found is None:
+            found = self._shares[who] = FairShare(False, self._floor)
+        return found
+
+    @contextlib.contextmanager
+    def hold(self, who: object, size_bytes: int) -> Iterator[None]:
+        """Count a request of *size_bytes* among what *who* has in the engine's memory. Raises Busy when it is more than
+        HELD_BYTES with the others.
+        """
+        if who is None:
+            yield
+            return
+        if self._held[who] and self._held[who] + size_bytes > HELD_BYTES:
+            raise Busy(1.0)
+        self._held[who] += size_bytes
+        try:
+            yield
+        finally:
+            self._held[who] -= size_bytes
+            if not self._held[who]:
+                del self._held[who]
+
+    def held_bytes(self, who: object) -> int:
+        """What *who* has in the engine's memory now."""
+        return self._held.get(who, 0)

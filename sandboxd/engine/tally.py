@@ -8,7 +8,10 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from sandboxd.engine.core import Engine
+    from collections.abc import Iterable
+
+    from sandboxd.engine.held_time import HeldTime
+    from sandboxd.engine.runs.live import LiveRuns
 
 __all__ = ["STATUSES", "Tally", "stats"]
 
@@ -40,36 +43,37 @@ class Tally:
         return found
 
 
-def stats(engine: Engine, uid: object) -> dict[str, Any]:
-    """The counters of *engine*, in seconds and numbers of runs, cells and zygotes. For *uid* those of its own runs;
-    None is the operator, who sees everybody's, and what is the engine's own.
+def stats(
+    tally: Tally, live: LiveRuns, parked: Iterable[tuple[str, int]], held: HeldTime, uid: object
+) -> dict[str, Any]:
+    """The counters of an engine, in seconds and numbers of runs, cells and zygotes. For *uid* those of its own runs;
+    None is the operator, who sees everybody's, and what is the engine's own. *parked*: cells that wait, by policy.
     """
     policies: dict[str, dict[str, Any]] = {}
 
     def row(policy: str) -> dict[str, Any]:
         return policies.setdefault(policy, {"runs": {}, "queued": 0, "running": 0})
 
-    for policy, statuses in engine.tally.runs(uid).items():
+    for policy, statuses in tally.runs(uid).items():
         row(policy)["runs"] = dict(sorted(statuses.items()))
-    for identity, run in engine.live.items():
-        if uid is None or engine.owners[identity].get("uid") == uid:
-            row(run.policy)["queued" if run.is_queued else "running"] += 1
+    for run in live.of(uid):
+        row(run.policy)["queued" if run.is_queued else "running"] += 1
     if uid is None:
-        for policy, parked in engine.parked():
-            row(policy)["parked"] = row(policy).get("parked", 0) + parked
+        for policy, number in parked:
+            row(policy)["parked"] = row(policy).get("parked", 0) + number
         for found in policies.values():
             found.setdefault("parked", 0)
             found["zygote_restarts"] = 0
-        for policy, restarts in engine.tally.restarts.items():
+        for policy, restarts in tally.restarts.items():
             row(policy)["zygote_restarts"] = restarts
     totals: Counter[str] = Counter()
     for found in policies.values():
         totals.update(found["runs"])
     summed = ("queued", "running", *(("parked", "zygote_restarts") if uid is None else ()))
     return {
-        "uptime_seconds": round(time.monotonic() - engine.tally.born, 3),
+        "uptime_seconds": round(time.monotonic() - tally.born, 3),
         "runs": dict(sorted(totals.items())),
         **{key: sum(found.get(key, 0) for found in policies.values()) for key in summed},
-        **({"held_seconds": engine.held.plain(), "pid": os.getpid()} if uid is None else {}),
+        **({"held_seconds": held.plain(), "pid": os.getpid()} if uid is None else {}),
         "policies": dict(sorted(policies.items())),
     }

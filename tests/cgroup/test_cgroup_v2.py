@@ -20,6 +20,7 @@ import pytest
 from sandboxd import Limits, Sandbox
 from sandboxd.cgroup import Bounds, Instance, LeafLimits, discover, sweep, systemd
 from tests.support import leftovers
+from tests.support.engine import pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,8 +60,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def engine_of(sandbox: Sandbox) -> leftovers.Process:
-    assert sandbox._engine is not None
-    found = leftovers.process(sandbox._engine.pid)
+    found = leftovers.process(pid_of(sandbox))
     assert found is not None
     return found
 

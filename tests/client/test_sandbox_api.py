@@ -21,6 +21,7 @@ import pytest
 
 from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox
 from tests.engine.test_results import live_runs
+from tests.support.engine import pid_of
 from tests.support.leftovers import assert_nothing_new, descendants, eventually, lives, snapshot
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class Running(threading.Thread):
 
 def engine_of(sandbox: Sandbox) -> int:
     """The pid of its engine."""
-    assert sandbox._engine is not None
-    return sandbox._engine.pid
+    return pid_of(sandbox)
 
 
 # --- callbacks ----------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import errno
 import grp
 import os
@@ -21,9 +19,6 @@ import pytest
 from sandboxd import Limits, Result, Sandbox, daemon
 from sandboxd.client.sandbox import parse_address
 from sandboxd.daemon.config import group_id
-from sandboxd.engine import core
-from sandboxd.engine.config import EngineConfig
-from sandboxd.engine.core import Engine
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, Unavailable
 from sandboxd.protocol import packets
 from tests.engine.test_crash import named
@@ -320,102 +315,6 @@ def test_a_run_that_waits_too_long_is_busy(served: Served, sandbox: Sandbox) -> 
     running.errors()
     served.idle()
     assert served.serves()
-
-
-def test_uids_take_turns_in_the_queue() -> None:
-    async def order() -> list[str]:
-        engine = Engine(EngineConfig(max_running=1))
-        served: list[str] = []
-
-        async def run(who: str) -> None:
-            await engine._admit(who, 5.0, None)
-            served.append(who)
-            await asyncio.sleep(0)
-            engine._leave()
-
-        await engine._admit("first", None, None)
-        tasks = [asyncio.create_task(run(who)) for who in ["greedy"] * 4 + ["modest", "third"] + ["modest"]]
-        await asyncio.sleep(0)
-        tasks[1].cancel()
-        await asyncio.sleep(0)
-        engine._leave()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert (engine._running, engine._queued, engine._waiting) == (0, 0, {})
-        return served
-
-    assert asyncio.run(order()) == ["greedy", "modest", "third", "greedy", "modest", "greedy"]
-
-
-def test_a_policy_that_fails_is_not_tried_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "RESTART_SECONDS", 0.1)
-    tries = 0
-
-    async def fail(*_: object) -> NoReturn:
-        nonlocal tries
-        tries += 1
-        raise Unavailable("zygote", fix="")
-
-    async def main() -> None:
-        engine = Engine(EngineConfig())
-        monkeypatch.setattr(engine, "_make", fail)
-        for _ in range(20):
-            with pytest.raises(Unavailable):
-                await engine.prepared("x", {})
-        assert tries == 1
-        async with asyncio.timeout(5):
-            while tries == 1:
-                with pytest.raises(Unavailable):
-                    await engine.prepared("x", {})
-                await asyncio.sleep(0.01)
-
-    asyncio.run(main())
-
-
-def test_who_leaves_while_a_policy_is_made_ready_does_not_stop_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        engine, go = Engine(EngineConfig()), asyncio.Event()
-
-        async def make(*_: object) -> str:
-            await go.wait()
-            return "made"
-
-        monkeypatch.setattr(engine, "_make", make)
-        first, second = (asyncio.create_task(engine.prepared("x", {})) for _ in range(2))
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.sleep(0)
-        go.set()
-        assert await second == "made"  # type: ignore[comparison-overlap]
-        assert first.cancelled()
-
-    asyncio.run(main())
-
-
-def test_what_one_uid_keeps_in_memory_is_bounded() -> None:
-    engine = Engine(EngineConfig())
-    with contextlib.ExitStack() as held:
-        for _ in range(4):
-            held.enter_context(engine.hold(MEMBER, 16 << 20))
-        with pytest.raises(Busy), engine.hold(MEMBER, 1):
-            pass
-        with engine.hold(STRANGER, 100 << 20), engine.hold(None, 1 << 40):
-            pass
-    assert not engine._held
-
-
-def test_run_beyond_the_length_of_the_queue_is_busy_at_once() -> None:
-    async def main() -> None:
-        engine = Engine(EngineConfig(max_running=1, max_queued=2))
-        await engine._admit(MEMBER, None, None)
-        waiting = [asyncio.create_task(engine._admit(who, None, None)) for who in (MEMBER, STRANGER)]
-        await asyncio.sleep(0)
-        with pytest.raises(Busy):
-            await asyncio.wait_for(engine._admit(MEMBER, None, None), 5)
-        for _ in range(2):
-            engine._leave()
-        await asyncio.gather(*waiting)
-
-    asyncio.run(main())
 
 
 # The whole way

@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from sandboxd._util import disposal
 from sandboxd.engine.clients import connection
 from sandboxd.engine.clients.connection import Connection
-from sandboxd.engine.fair_share import FairShare
+from sandboxd.engine.fair_share import FairShare, Shares
 from sandboxd.engine.held_time import HeldTime
 from sandboxd.errors import Busy, ConnectionLost, ProtocolError
 from sandboxd.protocol import packets as protocol
@@ -39,7 +39,7 @@ from tests.support.promptness import prompt
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sandboxd.engine.core import Engine
+    from sandboxd.engine.engine import Engine
 
 HOSTILE = 61_003
 GID = grp.getgrnam(daemons.GROUP).gr_gid
@@ -746,21 +746,16 @@ def drive(
     """
     monkeypatch.setattr(connection, seconds, 0.2)
 
-    class Nothing:
-        held = HeldTime()
-
-        @staticmethod
-        def list_runs(_: object) -> list[dict[str, str]]:
-            return [{"id": "x" * length}]
-
-        @staticmethod
-        def share(_: object) -> FairShare:
-            return FairShare(free=False)
+    engine = types.SimpleNamespace(
+        shares=Shares(),
+        resources=types.SimpleNamespace(held=HeldTime()),
+        live=types.SimpleNamespace(facts=lambda _: [{"id": "x" * length}]),
+    )
 
     async def main() -> list[str]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
-            one = Connection(cast("Engine", Nothing()), theirs, {"uid": 1, "pid": 1}, cast("Any", None), False)
+            one = Connection(cast("Engine", engine), theirs, {"uid": 1, "pid": 1}, cast("Any", None), False)
             act(ours)
             begun = time.monotonic()
             await asyncio.wait_for(one.serve(), 5)
@@ -818,7 +813,7 @@ def test_whose_descriptors_cannot_be_closed_is_dropped(monkeypatch: pytest.Monke
     async def main() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with ours:
-            engine = types.SimpleNamespace(share=lambda _: FairShare(free=False), held=HeldTime())
+            engine = types.SimpleNamespace(shares=Shares(), resources=types.SimpleNamespace(held=HeldTime()))
             one = Connection(cast("Engine", engine), theirs, {"uid": 1, "pid": 1}, cast("Any", None), False)
             protocol.send(ours, protocol.hello())
             await asyncio.wait_for(one.serve(), 5)

@@ -18,6 +18,7 @@ from sandboxd import Result, Sandbox
 from sandboxd.cgroup import discover, systemd
 from sandboxd.errors import ConnectionLost, SandboxError, Unavailable
 from tests.support import daemons, leftovers
+from tests.support.engine import pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,12 +124,11 @@ def clean() -> Iterator[None]:
 def test_an_engine_that_is_killed_takes_all_its_cells_along() -> None:
     before = leftovers.snapshot()
     with Sandbox(max_running=LIVE, pool=leftovers.UNPARKED) as sandbox:
-        assert sandbox._engine is not None
         runs = Runs([sandbox], LIVE, ORPHANS)
         runs.wait_until_all_run()
-        victims = family(sandbox._engine.pid)
+        victims = family(pid_of(sandbox))
         assert len(victims) >= 3 + 4 * LIVE
-        os.kill(sandbox._engine.pid, signal.SIGKILL)
+        os.kill(pid_of(sandbox), signal.SIGKILL)
         for end in runs.ends():
             assert isinstance(end, ConnectionLost)
             assert end.may_have_started
@@ -191,8 +191,7 @@ def test_an_engine_may_be_killed_at_any_moment_of_its_start() -> None:
 @pytest.mark.usefixtures("clean")
 def test_a_zygote_that_is_killed_costs_its_runs_and_no_others(who: str) -> None:
     with Sandbox(max_running=LIVE, pool=leftovers.UNPARKED) as sandbox:
-        assert sandbox._engine is not None
-        engine = sandbox._engine.pid
+        engine = pid_of(sandbox)
         runs = Runs([sandbox], LIVE)
         runs.wait_until_all_run()
         victims = family(engine)[1:]
@@ -212,8 +211,7 @@ def test_a_zygote_that_is_killed_costs_its_runs_and_no_others(who: str) -> None:
 @pytest.mark.usefixtures("clean")
 def test_a_cell_that_is_killed_from_outside_is_told_from_the_others(who: str) -> None:
     with Sandbox(pool=leftovers.UNPARKED) as sandbox:
-        assert sandbox._engine is not None
-        engine = sandbox._engine.pid
+        engine = pid_of(sandbox)
         runs = Runs([sandbox], 2)
         runs.wait_until_all_run()
         makers = [one.pid for name in ("nursery", "zygote") for one in named(engine, name)]

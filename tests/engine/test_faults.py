@@ -20,6 +20,7 @@ from sandboxd import Sandbox
 from sandboxd.errors import ConnectionLost, Unavailable
 from sandboxd.seccomp.syscalls import NUMBERS
 from tests.support import leftovers
+from tests.support.engine import pid_of
 from tests.support.interpose import Fault, Interposed, Role, Seen
 
 if TYPE_CHECKING:
@@ -443,8 +444,7 @@ def raise_soft_limit(pid: int, descriptors: int) -> None:
 @pytest.mark.parametrize("who", ["engine", "nursery", "zygote"])
 def test_a_process_out_of_descriptors_fails_runs_by_name_and_recovers(who: str) -> None:
     with Sandbox(pool=leftovers.UNPARKED) as sandbox:
-        assert sandbox._engine is not None
-        root = sandbox._engine.pid
+        root = pid_of(sandbox)
 
         def target() -> int:
             if who == "engine":

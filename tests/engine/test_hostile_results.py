@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from sandboxd import Limits, Sandbox
+from tests.support.engine import pid_of
 
 if TYPE_CHECKING:
     from sandboxd import Result
@@ -143,8 +144,7 @@ except BlockingIOError:
 
 def test_descriptors_sent_over_the_channel_go_nowhere() -> None:
     with Sandbox() as fresh:
-        assert fresh._engine is not None
-        engine = psutil.Process(fresh._engine.pid)
+        engine = psutil.Process(pid_of(fresh))
         before = engine.num_fds()
         result = fresh.run("""
 import array, contextlib, os, socket

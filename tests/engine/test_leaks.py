@@ -13,6 +13,7 @@ import pytest
 
 from sandboxd import Limits, Result, Sandbox
 from tests.support import leftovers
+from tests.support.engine import pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -123,8 +124,7 @@ def opened(pid: int) -> Open:
 def test_a_thousand_runs_leave_nothing_and_grow_nothing(policy: str) -> None:
     outside = leftovers.snapshot()
     with Sandbox(policy, max_running=AT_ONCE, pool=leftovers.UNPARKED) as sandbox:
-        assert sandbox._engine is not None
-        engine = sandbox._engine.pid
+        engine = pid_of(sandbox)
         # As many slots, connections and threads as there will be, and the allocators' pools filled.
         make_runs(sandbox, 20 * len(KINDS))
         nursery, zygote = (one.pid for one in leftovers.descendants(engine))

@@ -13,8 +13,8 @@ import pytest
 
 from sandboxd.errors import Busy
 from tests.engine.test_crash import all_gone, family, named
-from tests.engine.test_restart import in_engine
 from tests.support import daemons, leftovers
+from tests.support.engine import in_engine
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ async def look(engine):
     from sandboxd.errors import Unavailable
     from sandboxd.engine.cells.zygote import ZygoteConfig
     kill, calls.pidfd_kill = calls.pidfd_kill, lambda *_: None
-    zygote = engine.bodies.take(Interpreter.current())
+    zygote = take_zygote(engine, Interpreter.current())
     executed = zygote._executed
     async def lost():
         await executed()
@@ -58,7 +58,7 @@ def test_cell_of_a_lost_zygote_is_refused(limits: str) -> None:
 async def look(engine):
     import os, signal
     from sandboxd.engine.cells.zygote import ZygoteLost
-    made = await engine.prepared("", Policy(name="one").plain())
+    made = await engine.policies.get("", Policy(name="one").plain())
     os.kill(made.zygote.pid, signal.SIGKILL)
     await until(lambda: made.zygote.lost)
     try:
@@ -75,7 +75,7 @@ def test_cancelled_close_of_a_zygote_still_gives_everything_back() -> None:
 async def look(engine):
     import os
     before = set(os.listdir("/proc/self/fd"))
-    zygote = engine.bodies.take(Interpreter.current())
+    zygote = take_zygote(engine, Interpreter.current())
     closing = asyncio.create_task(zygote.close())
     await asyncio.sleep(0)
     closing.cancel()

@@ -23,6 +23,7 @@ from tests.attacks.base import outcome, program
 from tests.engine.test_crash import all_gone, named
 from tests.engine.test_leaks import opened
 from tests.support import daemons, leftovers
+from tests.support.engine import pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -50,8 +51,7 @@ surroundings = test_attacks.surroundings
 
 def engine_of(sandbox: Sandbox) -> int:
     """The pid of its engine."""
-    assert sandbox._engine is not None
-    return sandbox._engine.pid
+    return pid_of(sandbox)
 
 
 def is_asleep(one: leftovers.Process) -> bool:

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 
 from sandboxd import PolicyError, ProtocolError, Result, Sandbox
 from sandboxd.cgroup.reading import Counters, Reading, Role, Row
-from sandboxd.engine.cells.pool import PoolSettings
 from sandboxd.engine.cells.shape import BUILT_IN, same_spec
 from sandboxd.engine.cells.workspace import Collected
-from sandboxd.engine.runs.clock import Clock
+from sandboxd.engine.clock import Clock
+from sandboxd.engine.config import PoolSettings
 from sandboxd.limits import defaults
 from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
 from sandboxd.outcome.collector import Collector
@@ -32,6 +32,7 @@ from sandboxd.protocol import packets
 from tests.engine.test_crash import all_gone, named
 from tests.engine.test_parked import FIXED, engine_of, settled
 from tests.support import daemons, leftovers
+from tests.support.engine import connect as connect_to_engine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -540,8 +541,7 @@ def own() -> Iterator[Sandbox]:
 
 def borrowed(sandbox: Sandbox) -> tuple[socket.socket, dict[str, Any], list[int]]:
     """A connection of its own, the lease that came, and its descriptors: channel, streams, workspace, source, alarm."""
-    assert sandbox._engine is not None
-    sock = sandbox._engine.connect()
+    sock = connect_to_engine(sandbox)
     sock.settimeout(20)
     packets.send(sock, packets.hello(direct=True))
     packets.send(sock, daemons.request(), [b"pass"])
@@ -659,8 +659,7 @@ def test_a_caller_that_hangs_up_gives_its_lease_back(own: Sandbox) -> None:
 
 @ROOT
 def test_a_caller_that_would_not_hold_cells_is_lent_none(own: Sandbox) -> None:
-    assert own._engine is not None
-    with daemons.Raw(own._engine.connect(), greet=True) as raw:
+    with daemons.Raw(connect_to_engine(own), greet=True) as raw:
         raw.send(daemons.request(), b"pass")
         assert raw.answer()["op"] == "result"
         settled(engine_of(own))

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from sandboxd import Sandbox
+from tests.support.engine import in_engine
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ROOT: Final = pytest.mark.skipif(os.geteuid() != 0, reason="an engine in this process tree needs root")
-
-ENGINE: Final = """
-import asyncio, json, sys, time
-from sandboxd.engine.config import EngineConfig
-from sandboxd.engine.core import Engine
-from sandboxd.rootfs.interpreter import Interpreter
-from sandboxd.policy import Policy, Runtime
-
-async def until(what):
-    async with asyncio.timeout(60):
-        while not what():
-            await asyncio.sleep(0.01)
-
-async def main():
-    engine = Engine(EngineConfig())
-    engine.start()
-    try:
-        print(json.dumps(await look(engine)))
-    finally:
-        await engine.close()
-%s
-asyncio.run(main())
-"""
-
-
-def in_engine(look: str) -> Any:
-    """What *look*, the source of ``async def look(engine)``, returns in a process that has an engine."""
-    command = [sys.executable, "-c", ENGINE % look]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @ROOT
@@ -55,14 +24,14 @@ def test_cells_are_served_before_the_warmup_is_foreseen_and_replaced_afterwards(
 async def look(engine):
     # The survey runs each statement twice more.
     warmup = "import json, time\\ntime.sleep(0.5)\\njson.dumps([1] * 1000)\\n"
-    made = await engine.prepared("", Policy(name="slow", runtime=Runtime(preload=("json",), warmup=warmup)).plain())
+    made = await engine.policies.get("", Policy(name="slow", runtime=Runtime(preload=("json",), warmup=warmup)).plain())
     learning = made.zygote.learning, made.zygote.warm_at
-    await until(lambda: len(made.pool._parked) == made.pool.target)
-    early = list(made.pool._parked)
+    await until(lambda: len(parked(made)) == made.pool.target)
+    early = parked(made)
     still = made.zygote.learning
     await until(lambda: made.zygote.warm_at is not None)
-    await until(lambda: len(made.pool._parked) == made.pool.target and not set(early) & set(made.pool._parked))
-    late = [cell.made_at > made.zygote.warm_at for cell in made.pool._parked]
+    await until(lambda: len(parked(made)) == made.pool.target and not set(early) & set(parked(made)))
+    late = [cell.made_at > made.zygote.warm_at for cell in parked(made)]
     return [learning, still, made.zygote.learning, late]
 """
     learning, still, afterwards, late = in_engine(look)
@@ -75,7 +44,7 @@ async def look(engine):
 def test_without_a_warmup_there_is_nothing_to_learn() -> None:
     look = """
 async def look(engine):
-    made = await engine.prepared("", Policy(name="plain", runtime=Runtime(preload=("json",))).plain())
+    made = await engine.policies.get("", Policy(name="plain", runtime=Runtime(preload=("json",))).plain())
     return [made.zygote.learning, made.zygote.warm_at]
 """
     assert in_engine(look) == [False, None]
@@ -87,11 +56,11 @@ async def look(engine):
 def test_what_was_foreseen_and_not_taken_is_ended(likely: bool, preload: tuple[str, ...]) -> None:
     look = f"""
 async def look(engine):
-    engine.foresee({likely})
-    early = dict(engine.bodies._early)
+    engine.prestart({likely})
+    early = dict(early_zygotes(engine))
     body = next(iter(early.values()), None)
-    made = await engine.prepared("", Policy(name="one", runtime=Runtime(preload={preload!r})).plain())
-    return [len(engine.bodies._early), engine._guess is None, body is made.zygote if body else None]
+    made = await engine.policies.get("", Policy(name="one", runtime=Runtime(preload={preload!r})).plain())
+    return [len(early_zygotes(engine)), guess(engine) is None, body is made.zygote if body else None]
 """
     left, no_guess, taken = in_engine(look)
     assert (left, no_guess) == (0, True)
@@ -103,11 +72,12 @@ async def look(engine):
 def test_a_zygote_foreseen_for_another_interpreter_does_not_stay() -> None:
     look = """
 async def look(engine):
-    engine.foresee(False)
-    body = engine.bodies._early[Interpreter.current()]
-    engine.bodies._early = {"another": body}
-    await engine.prepared("", Policy(name="one").plain())
-    return [len(engine.bodies._early), body.lost]
+    engine.prestart(False)
+    body = early_zygotes(engine)[Interpreter.current()]
+    early_zygotes(engine).clear()
+    early_zygotes(engine)["another"] = body
+    await engine.policies.get("", Policy(name="one").plain())
+    return [len(early_zygotes(engine)), body.lost]
 """
     assert in_engine(look) == [0, True]
 

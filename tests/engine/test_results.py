@@ -12,6 +12,7 @@ import pytest
 
 from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox
 from sandboxd.protocol import packets
+from tests.support.engine import connect as connect_to_engine
 
 PROMISED = [
     "id", "status", "exit_code", "signal", "stdout", "stderr", "stdout_dropped_bytes", "stderr_dropped_bytes", "error",
@@ -31,8 +32,7 @@ def contents(result: Result) -> dict[str, bytes]:
 
 def live_runs(sandbox: Sandbox) -> list[Any]:
     """The runs that the engine of *sandbox* knows at this moment."""
-    assert sandbox._engine is not None
-    with sandbox._engine.connect() as sock:
+    with connect_to_engine(sandbox) as sock:
         packets.send(sock, packets.hello())
         packets.send(sock, {"op": "ps"})
         while True:

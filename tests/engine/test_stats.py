@@ -18,6 +18,7 @@ from sandboxd.engine import held_time
 from sandboxd.errors import SandboxError
 from tests.support import daemons, leftovers
 from tests.support.daemons import as_user
+from tests.support.engine import pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,8 +60,7 @@ def test_what_runs_and_waits_is_counted() -> None:
 def test_a_zygote_that_is_lost_is_a_restart() -> None:
     with Sandbox() as sandbox:
         sandbox.run("1")
-        assert sandbox._engine is not None
-        nursery = next(one for one in leftovers.descendants(sandbox._engine.pid) if one.parent == sandbox._engine.pid)
+        nursery = next(one for one in leftovers.descendants(pid_of(sandbox)) if one.parent == pid_of(sandbox))
         os.kill(nursery.pid, signal.SIGKILL)
 
         def again() -> bool:

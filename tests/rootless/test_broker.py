@@ -17,8 +17,9 @@ import pytest
 
 from sandboxd.engine.cells.files import Broker
 from sandboxd.engine.config import EngineConfig
-from sandboxd.engine.core import Engine
+from sandboxd.engine.engine import Engine
 from sandboxd.rootfs.interpreter import Interpreter
+from tests.support.engine import take_zygote
 from tests.support.leftovers import eventually
 from tests.support.modes import ONE_ID
 from tests.support.patience import SLOWER
@@ -40,7 +41,7 @@ async def nursery() -> AsyncIterator[Zygote]:
     engine = Engine(EngineConfig())
     engine.start()
     try:
-        zygote = engine.bodies.take(Interpreter.current())
+        zygote = take_zygote(engine, Interpreter.current())
         try:
             yield zygote
         finally:

@@ -11,6 +11,7 @@ import pytest
 
 from sandboxd import Limits, Sandbox, Unavailable, policy
 from sandboxd.ids import ranges, rootless
+from tests.support.engine import pid_of
 from tests.support.leftovers import eventually
 from tests.support.modes import HAS_CGROUP, MODE, ONE_ID, policy_of
 from tests.support.promptness import prompt
@@ -250,8 +251,7 @@ def test_nothing_of_a_killed_engine_lives_on_and_the_next_one_starts() -> None:
 def test_only_what_a_birth_needs_is_open_to_all(sandbox: Sandbox) -> None:
     """cgroup.procs of leaves and of what holds them; not that of the engine's or the zygotes' directory."""
     sandbox.run("pass")
-    assert sandbox._engine is not None
-    own = Path(f"/proc/{sandbox._engine.pid}/cgroup").read_text().splitlines()[-1].partition("::")[2]
+    own = Path(f"/proc/{pid_of(sandbox)}/cgroup").read_text().splitlines()[-1].partition("::")[2]
     home = Path("/sys/fs/cgroup", own.lstrip("/")).parent
     modes = {str(path.parent.relative_to(home)): path.stat().st_mode & 0o777 for path in home.rglob("cgroup.procs")}
     assert modes.pop("cells") == 0o666

@@ -53,19 +53,23 @@ def mutated(mutation: Mutation, tree: Path) -> dict[Path, str]:
     return changed
 
 
-CORE: Final = "sandboxd/engine/core.py"
+POLICIES: Final = "sandboxd/engine/policies.py"
+ADMISSION: Final = "sandboxd/engine/admission.py"
+SHARES: Final = "sandboxd/engine/fair_share.py"
+RESOURCES: Final = "sandboxd/engine/cells/resources.py"
 RUN: Final = "sandboxd/engine/runs/run.py"
+RUN_CLOCK: Final = "sandboxd/engine/runs/run_clock.py"
 PLAN: Final = "sandboxd/engine/cells/shape.py"
 LEAF: Final = "sandboxd/cgroup/leaf.py"
 PREPARED: Final = "sandboxd/engine/cells/active_policy.py"
-CLOCK: Final = "sandboxd/engine/runs/clock.py"
+METER: Final = "sandboxd/engine/runs/meter.py"
 ZYGOTE: Final = "sandboxd/inside/zygote.py"
 SERVING: Final = "sandboxd/daemon/serving.py"
 INSTANCE: Final = "sandboxd/cgroup/instance.py"
 
 # The engine's own self-test would refuse to serve without a wall, so it goes as well: the question is whether the tests
 # notice. The receipt does not show the missing wall either.
-_NO_SELF_TEST: Final = Edit(CORE, "if not self.config.walls_down:", "if False:")
+_NO_SELF_TEST: Final = Edit(POLICIES, "if not self._resources.config.walls_down:", "if False:")
 _STAGES: Final = "walls_down=frozenset(stage for name in down for stage in WALLS[name]),"
 _ATTACKS: Final = ("tests/attacks/test_attacks.py", "-k", "not strict")
 _WALLS: Final = (
@@ -81,8 +85,8 @@ _WALLS: Final = (
 
 # What is left out, where, what stands there, what stands there instead, the tests to try first.
 _LIMITS: Final = (
-    ("wall_seconds", RUN, "if wall is not None:", "if False:", "tests/engine/test_limits_hold.py -k at_the_wall"),
-    ("cpu_seconds", RUN, "if cpu is not None:", "if False:", "tests/engine/test_limits_hold.py -k cpu_time"),
+    ("wall_seconds", RUN_CLOCK, "if wall is not None:", "if False:", "tests/engine/test_limits_hold.py -k at_the_wall"),
+    ("cpu_seconds", RUN_CLOCK, "if cpu is not None:", "if False:", "tests/engine/test_limits_hold.py -k cpu_time"),
     ("cpus", LEAF, "set_quota(*cpu_quota(limits.cpus))", "set_quota(None, _PERIOD_USEC)",
      "tests/engine/test_limits_hold.py -k share_of_a_cpu"),
     # Some limit must hold: the engine's own bound is most of the host's memory.
@@ -104,29 +108,29 @@ _LIMITS: Final = (
     ("output_bytes", RUN, 'int(limits["output_bytes"] or 0)', "1 << 28", "tests/engine/test_limits_hold.py -k output"),
     ("output_stop_bytes", RUN, 'stop = self.limits["output_stop_bytes"]', "stop = None",
      "tests/engine/test_limits_hold.py -k output"),
-    ("queue_seconds", CORE, "asyncio.timeout(wait_seconds)", "asyncio.timeout(None)",
+    ("queue_seconds", ADMISSION, "asyncio.timeout(wait_seconds)", "asyncio.timeout(None)",
      "tests/client/test_sandbox_api.py tests/daemon/test_daemon.py tests/engine/test_pool.py "
      "-k 'queue or busy or waits_too_long'"),
-    ("tool_wait_seconds", CLOCK, "return now + self._left[mode]",
+    ("tool_wait_seconds", METER, "return now + self._left[mode]",
      'return now + (float("inf") if mode == "tool_wait" else self._left[mode])',
      "tests/engine/test_tool_calls.py -k 'wait or approv'"),
-    ("approval_seconds", CLOCK, "return now + self._left[mode]",
+    ("approval_seconds", METER, "return now + self._left[mode]",
      'return now + (float("inf") if mode == "approval" else self._left[mode])',
      "tests/engine/test_tool_calls.py -k 'wait or approv'"),
     ("a run may only narrow", "sandboxd/limits.py",
      "if widest is not None and (wanted is None or wanted > widest):", "if False:",
      "tests/unit/test_policy.py tests/unit/test_request.py -k 'narrow or wider'"),
-    ("max_running", CORE, "self._running < self.most_running or self._revoke()", "True",
+    ("max_running", ADMISSION, "self.running < self.most_running or self._revoke()", "True",
      "tests/client/test_sandbox_api.py tests/daemon/test_daemon.py tests/engine/test_pool.py "
      "-k 'queue or busy or running'"),
-    ("max_queued", CORE, "if self._queued >= self.config.max_queued:", "if False:",
+    ("max_queued", ADMISSION, "if self.queued >= self.most_queued:", "if False:",
      "tests/client/test_sandbox_api.py tests/daemon/test_daemon.py tests/daemon/test_hostile_clients.py "
      "-k 'queue or busy'"),
     ("max_clients", SERVING, "full = len(self._clients) >= most and not sees_all", "full = False",
      "tests/daemon/test_daemon.py tests/daemon/test_hostile_clients.py -k 'client or connection'"),
     ("connections of one uid", SERVING, "self._per_uid[uid] >= max(1, most // CLIENTS_SHARE)", "False",
      "tests/daemon/test_daemon.py tests/daemon/test_hostile_clients.py -k 'client or connection'"),
-    ("request bytes of one uid", CORE, "self._held[who] + size_bytes > HELD_BYTES", "False",
+    ("request bytes of one uid", SHARES, "self._held[who] + size_bytes > HELD_BYTES", "False",
      "tests/daemon/test_hostile_clients.py"),
     ("memory_bytes of the engine", INSTANCE, "v1.bound_memory(place.group, bounds.memory_bytes)", "pass",
      "tests/cgroup/test_cgroup.py"),
@@ -149,7 +153,7 @@ def _ends() -> Iterator[Mutation]:
     yield Mutation(
         "self-test",
         "the first cell's self-test accepts anything",
-        (Edit(CORE, "selftest.verify(said,", "0 and selftest.verify(said,"),),
+        (Edit(POLICIES, "selftest.verify(said,", "0 and selftest.verify(said,"),),
         ("tests/engine/test_faults.py", "tests/engine/test_walls.py"),
     )
     yield Mutation(
@@ -167,7 +171,7 @@ def _ends() -> Iterator[Mutation]:
     yield Mutation(
         "sweep at start",
         "an engine leaves behind what a dead one left",
-        (Edit(CORE, "in cgroup.sweep(layout):", "in ():"),),
+        (Edit(RESOURCES, "in cgroup.sweep(layout):", "in ():"),),
         ("tests/engine/test_crash.py",),
     )
     yield Mutation(
@@ -182,8 +186,8 @@ def _ends() -> Iterator[Mutation]:
         (Edit(RUN, "cell.leaf.tasks() > 1 or ", ""),),
         ("tests/engine/test_parked.py", "tests/engine/test_walls.py", "tests/engine/test_limits_hold.py"),
     )
-    kill = "cell.end(Event.FINISHED if self._finished is not None else Event.CANCELLED)\n"
-    then = "        self._stop_stdin(cell)"
+    kill = "cell.end(Event.FINISHED if self._frames.finished is not None else Event.CANCELLED)\n"
+    then = "        self._stop_inputs(cell)"
     yield Mutation(
         "kill after the answer",
         "the cell of a run that ended cleanly is not killed",

@@ -22,6 +22,7 @@ from sandboxd import Limits, Sandbox
 from sandboxd.tools import Budget, Dispatcher, Tool, ToolError, tool
 from tests.engine.test_tool_calls import RAW
 from tests.support import daemons, leftovers
+from tests.support.engine import pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -282,15 +283,13 @@ def test_program_cannot_change_its_call_while_it_is_judged(sandbox: Sandbox) -> 
         return True
 
     def used() -> float:
-        assert sandbox._engine is not None
         found = [one for one in leftovers.processes().values() if one.pid in cells()]
         return sum(cpu(one.pid) for one in found)
 
     def cells() -> set[int]:
         import psutil
 
-        assert sandbox._engine is not None
-        return {one.pid for one in psutil.Process(sandbox._engine.pid).children(recursive=True)}
+        return {one.pid for one in psutil.Process(pid_of(sandbox)).children(recursive=True)}
 
     def cpu(pid: int) -> float:
         import psutil

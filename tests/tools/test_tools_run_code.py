@@ -30,6 +30,7 @@ from sandboxd.tools.code.kept import Kept
 from sandboxd.tools.code.offer import DESCRIPTION_CHARACTERS, RESULT_BYTES
 from sandboxd.tools.code.view import STREAM_CHARACTERS, as_text, clipped, value_of
 from tests.support.daemons import directory, served
+from tests.support.engine import pid_of
 from tests.support.pictures import png
 
 if TYPE_CHECKING:
@@ -719,8 +720,7 @@ def test_an_engine_that_dies_under_a_program_is_told_as_may_have_started() -> No
     @tool
     def pull_the_plug() -> None:
         """Kill the engine."""
-        assert sandbox._engine is not None
-        os.kill(sandbox._engine.pid, signal.SIGKILL)
+        os.kill(pid_of(sandbox), signal.SIGKILL)
 
     with sandbox, Dispatcher([pull_the_plug], sandbox=sandbox) as made:
         code, text = refused(made.call("run_code", {"code": "tools.pull_the_plug()"}))

@@ -105,7 +105,7 @@ class AuditRecorder(AuditSink):
     async def run(
         self,
         identity: str,
-        prepared: ActivePolicy,
+        active: ActivePolicy,
         request: Run,
         limits: Mapping[str, LimitValue],
         owner: Mapping[str, Any],
@@ -114,8 +114,8 @@ class AuditRecorder(AuditSink):
         told the answer. Raises Unavailable when the beginning cannot be recorded: then it must not begin.
         """
         assert self._log is not None  # noqa: S101 (``open`` came first)
-        base = await self._base(identity, prepared, owner)
-        redactor = Redactor(prepared.plain["audit"]["redact"], request.env)
+        base = await self._base(identity, active, owner)
+        redactor = Redactor(active.plain["audit"]["redact"], request.env)
         append = functools.partial(self._log.append, _started(base, request, limits), redactor=redactor)
         begun = ended = False
 
@@ -157,10 +157,10 @@ class AuditRecorder(AuditSink):
                     return
             await _in_thread(functools.partial(begin, True))
 
-    async def busy(self, identity: str, prepared: ActivePolicy, request: Run, owner: Mapping[str, Any]) -> None:
+    async def busy(self, identity: str, active: ActivePolicy, request: Run, owner: Mapping[str, Any]) -> None:
         """A run was turned away before it began."""
         if self._log is not None:
-            base = await self._base(identity, prepared, owner)
+            base = await self._base(identity, active, owner)
             size = len(request.code.encode())
             self._append({**base, "event": "run_ended", "status": "busy", "code_bytes": size}, Redactor())
 
@@ -202,7 +202,7 @@ class AuditRecorder(AuditSink):
                 self._log.flush(wait=False)
             self._later()
 
-    async def _base(self, identity: str, prepared: ActivePolicy, owner: Mapping[str, Any]) -> dict[str, Any]:
+    async def _base(self, identity: str, active: ActivePolicy, owner: Mapping[str, Any]) -> dict[str, Any]:
         """What every record of a run begins with."""
         uid = owner.get("uid")
         if isinstance(uid, int) and uid not in self._names:
@@ -210,12 +210,12 @@ class AuditRecorder(AuditSink):
                 self._names.clear()
             self._names[uid] = await asyncio.to_thread(_user_name, uid)  # a directory service may take its time
         name = self._names.get(uid) if isinstance(uid, int) else None
-        key = (prepared.serial, prepared.name)
+        key = (active.serial, active.name)
         policy = self._policies.get(key)
         if policy is None:
             if len(self._policies) >= NAMES:
                 self._policies.clear()
-            policy = self._policies[key] = {"name": prepared.name, "sha256": policy_sha256(prepared.plain)}
+            policy = self._policies[key] = {"name": active.name, "sha256": policy_sha256(active.plain)}
         # The order is the readers', who look for the uid.
         client = {"uid": uid, "pid": owner.get("pid"), "name": name}
         return {"event": "", "id": identity, "client": client, "policy": policy}

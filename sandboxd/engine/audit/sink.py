@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sandboxd.outcome.answer import RunAnswer
     from sandboxd.protocol.run_header import Run
 
-__all__ = ["AuditSink", "trail"]
+__all__ = ["AuditSink", "audit_sink"]
 
 
 class AuditSink:
@@ -34,7 +34,7 @@ class AuditSink:
     async def run(
         self,
         identity: str,
-        prepared: ActivePolicy,
+        active: ActivePolicy,
         request: Run,
         limits: Mapping[str, LimitValue],
         owner: Mapping[str, Any],
@@ -44,7 +44,7 @@ class AuditSink:
         """
         yield _nothing
 
-    async def busy(self, identity: str, prepared: ActivePolicy, request: Run, owner: Mapping[str, Any]) -> None:
+    async def busy(self, identity: str, active: ActivePolicy, request: Run, owner: Mapping[str, Any]) -> None:
         """A run was turned away before it began."""
 
     def calls(self, identity: str) -> CallRecords | None:
@@ -57,7 +57,7 @@ class AuditSink:
         """
 
 
-def trail(settings: AuditSettings | None) -> AuditSink:
+def audit_sink(settings: AuditSettings | None) -> AuditSink:
     """The one that *settings* ask for; not open yet."""
     if settings is None:
         return AuditSink()

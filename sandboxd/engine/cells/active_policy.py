@@ -21,10 +21,12 @@ from sandboxd.rootfs.interpreter import Interpreter
 from sandboxd.seccomp.syscalls import NUMBERS
 
 if TYPE_CHECKING:
-    from sandboxd.engine.core import Engine
+    from collections.abc import Callable
+
+    from sandboxd.engine.cells.resources import Resources
     from sandboxd.limits import LimitValue
 
-__all__ = ["DEFAULT_POLICY", "WALLS", "ActivePolicy", "ZygotePool", "prepare", "zygote_key"]
+__all__ = ["DEFAULT_POLICY", "WALLS", "ActivePolicy", "ZygotePool", "activate", "zygote_key"]
 
 NAMESPACES: Final = ["user", "pid", "mount", "network", "ipc", "uts", "cgroup"]
 SCOPES_ABI: Final = 6
@@ -62,19 +64,24 @@ class ActivePolicy:
     profile: seccomp.Profile
     profile_sha256: str
     missing: list[str]
-    engine: Engine
+    resources: Resources
+    on_worn: Callable[[ActivePolicy], None]
+    """Called when its zygote should be replaced."""
     pool: Pool = field(init=False)
     _receipts: dict[int, dict[str, Any]] = field(default_factory=dict)
     serial: int = field(default_factory=itertools.count().__next__)
     """Another one for each zygote."""
 
     def __post_init__(self) -> None:
-        self.pool = Pool(self.engine, self)
+        self._make_pool()
+
+    def _make_pool(self) -> None:
+        self.pool = Pool(self.resources, self.name, self.limits, self.zygote, lambda: self.on_worn(self))
 
     def rename(self, plain: dict[str, Any]) -> None:
         """Serve the policy *plain*, of the same zygote_key, from now on; before the pool is open."""
         self.name, self.plain, self.limits = plain["name"], plain, dict(plain["limits"])
-        self.pool = Pool(self.engine, self)
+        self._make_pool()
 
     async def close(self) -> None:
         """End every cell, and the zygote."""
@@ -86,17 +93,17 @@ class ActivePolicy:
         known = self._receipts.get(slot)
         if known is not None:
             return known
-        engine = self.engine
-        facts = engine.instance.facts()
+        resources = self.resources
+        facts = resources.instance.facts()
         receipt = self._receipts[slot] = {
             "namespaces": list(NAMESPACES),
             "cgroup": {"version": facts["version"], "controllers": list(facts["controllers"])},
             "seccomp": {"policy": self.filter_name, "sha256": self.profile_sha256},
             "landlock_abi": self.zygote.landlock_abi,
-            "uid": engine.slot_ids.host_uid(slot),
+            "uid": resources.slot_ids.host_uid(slot),
             "network": "none",
             "rootfs": self.plain["filesystem"]["image"],
-            "kernel": engine.kernel,
+            "kernel": kernel_release(),
             "missing": list(self.missing),
         }
         return receipt
@@ -125,11 +132,11 @@ class ZygotePool:
     interpreter.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        unknown = set(engine.config.walls_down) - set(WALLS)
+    def __init__(self, resources: Resources) -> None:
+        unknown = set(resources.config.walls_down) - set(WALLS)
         if unknown:
             raise ValueError(f"no such wall: {', '.join(sorted(unknown))}")
-        self._engine = engine
+        self._resources = resources
         self._bodies: dict[Interpreter, ZygoteSpec] = {}
         self._early: dict[Interpreter, Zygote] = {}
 
@@ -148,14 +155,14 @@ class ZygotePool:
             await self._early.popitem()[1].close()
 
     def _spawn(self, python: Interpreter) -> Zygote:
-        return Zygote.spawn(self._body(python), self._engine.ids, self._engine.instance)
+        return Zygote.spawn(self._body(python), self._resources.ids, self._resources.instance)
 
     def _body(self, python: Interpreter) -> ZygoteSpec:
         found = self._bodies.get(python)
         if found is None:
-            down = self._engine.config.walls_down
+            down = self._resources.config.walls_down
             inside = [(str(INSIDE), plan.INSIDE_DIRECTORY)]
-            operations = plan.plan_host(python, inside, slots=self._engine.slot_ids)
+            operations = plan.plan_host(python, inside, slots=self._resources.slot_ids)
             # What libraries write while they are imported; each cell's own tmpfs covers it.
             writable = plan.NOSUID | plan.NODEV
             operations.append(plan.Op(plan.Kind.TMPFS, "tmp", "mode=1777,size=256m", flags=writable))
@@ -168,17 +175,20 @@ class ZygotePool:
         return found
 
 
-async def prepare(engine: Engine, plain: dict[str, Any]) -> ActivePolicy:
-    """Bring *plain* (``Policy.plain()``) into force. Raises Unavailable, PolicyError."""
-    down = frozenset(engine.config.walls_down)
+async def activate(
+    resources: Resources, zygotes: ZygotePool, plain: dict[str, Any], on_worn: Callable[[ActivePolicy], None]
+) -> ActivePolicy:
+    """Bring *plain* (``Policy.plain()``) into force, with a zygote of *zygotes*. Raises Unavailable, PolicyError."""
+    config, instance = resources.config, resources.instance
+    down = frozenset(config.walls_down)
     runtime, wanted = plain["runtime"], plain["require"]
-    lacking = [name for name in wanted["cgroup"] if name not in engine.instance.facts()["controllers"]]
+    lacking = [name for name in wanted["cgroup"] if name not in instance.facts()["controllers"]]
     if lacking:
-        if isinstance(engine.instance, NoInstance):
-            raise engine.instance.refusal
+        if isinstance(instance, NoInstance):
+            raise instance.refusal
         fix = "mount or delegate the controller; sandboxd doctor shows where each one lives"
         raise Unavailable("cgroup", f"the policy requires the controllers {', '.join(lacking)}", fix=fix)
-    shared = engine.ids.shared
+    shared = resources.ids.shared
     if shared is not None and wanted["own_uid"]:
         what = f"the policy requires a host uid for each cell ([require] own_uid); {shared.message}"
         raise Unavailable("ids", what, errno=shared.errno, fix=shared.fix)
@@ -189,12 +199,12 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> ActivePolicy:
             raise PolicyError(f"seccomp: {name} is refused, but no program can be started without it.", key="seccomp")
     chosen_python = runtime["interpreter"]
     python = await asyncio.to_thread(Interpreter.probe, chosen_python) if chosen_python else Interpreter.current()
-    marker = engine.config.marker_errno
+    marker = config.marker_errno
     if marker is None:
         filters = await asyncio.to_thread(seccomp.cached_layers, profile)
     else:
         filters = await asyncio.to_thread(functools.partial(seccomp.compile_layers, profile, marker_errno=marker))
-    zygote = engine.bodies.take(python)
+    zygote = zygotes.take(python)
     try:
         await zygote.activate(
             ZygoteConfig(
@@ -204,7 +214,7 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> ActivePolicy:
                 landlock_abi=wanted["landlock_abi"],
                 policy=plain["name"],
                 walls_down=frozenset(stage for name in down for stage in WALLS[name]),
-                extra=engine.config.zygote,
+                extra=config.zygote,
             )
         )
     except BaseException:
@@ -213,7 +223,7 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> ActivePolicy:
     missing = [f"wall left out: {name}" for name in sorted(down)]
     if marker is not None:
         missing.append(f"seccomp: the errnos of refusals (all answer {marker})")
-    missing += [f"cgroup: {what}" for what in engine.instance.facts()["missing"]]
+    missing += [f"cgroup: {what}" for what in instance.facts()["missing"]]
     if shared is not None:
         missing.append("own uid: all cells have the id of the engine's user, and its supplementary groups")
     missing += zygote.unmet
@@ -232,10 +242,12 @@ async def prepare(engine: Engine, plain: dict[str, Any]) -> ActivePolicy:
         profile=profile,
         profile_sha256=profile.sha256,
         missing=missing,
-        engine=engine,
+        resources=resources,
+        on_worn=on_worn,
     )
 
 
+@functools.cache
 def kernel_release() -> str:
     """The running kernel, for receipts."""
     found = os.uname()

@@ -17,12 +17,12 @@ ends it.
 from __future__ import annotations
 
 import asyncio
+import enum
 import errno
 import logging
 import os
 import select
 import signal
-import socket
 import struct
 import time
 from typing import TYPE_CHECKING, Final, Protocol
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from sandboxd._native import lib
 from sandboxd._util import disposal
 from sandboxd.engine.cells import workspace
+from sandboxd.engine.cells.resources import SPARE_DESCRIPTORS
 from sandboxd.engine.cells.state import Event, Life, State
 from sandboxd.errors import Unavailable
 from sandboxd.ids.ranges import ZYGOTE_ID
@@ -38,14 +39,14 @@ from sandboxd.kernel.stages import unavailable
 from sandboxd.protocol import channel
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator
 
     from sandboxd.cgroup import Leaf
-    from sandboxd.engine.cells.active_policy import ActivePolicy
+    from sandboxd.engine.cells.resources import Resources
     from sandboxd.engine.cells.shape import CellSpec
     from sandboxd.engine.cells.slots import Slot
-    from sandboxd.engine.cells.zygote import CellFds
-    from sandboxd.engine.core import Engine
+    from sandboxd.engine.cells.zygote import CellFds, Zygote
 
 __all__ = ["Cell", "CellOwner", "RunEvents"]
 
@@ -56,10 +57,19 @@ HELLO_SECONDS: Final = 10.0
 LAST_PACKETS: Final = 1024
 """Of a dead cell's, before its finished frame: far more than a program has under way, and read in some ms."""
 SOURCE_NAME: Final = "main.py"
-SPARE_DESCRIPTORS: Final = 256
 _PARKED: Final = b"P"
 # Room that is there already: a fresh 256 KiB would be mapped and unmapped for each packet.
 _room: Final = bytearray(channel.FRAME_BYTES)
+
+
+class Watched(enum.IntEnum):
+    """What a descriptor that is watched stands for."""
+
+    CHANNEL = 0
+    STDOUT = 1
+    STDERR = 2
+    OOM = 3
+    ALARM = 4
 
 
 class CellOwner(Protocol):
@@ -104,12 +114,12 @@ class Cell:
     """Made by ``make``; then its keeper's until ``attach``, then its run's until ``let_go``."""
 
     __slots__ = (
-        "_engine",
         "_events",
         "_loop",
         "_owner",
         "_poll",
         "_refused",
+        "_resources",
         "_source",
         "_watched",
         "alarm",
@@ -120,23 +130,23 @@ class Cell:
         "is_parked",
         "life",
         "made_at",
-        "prepared",
-        "shape",
         "slot",
+        "spec",
         "wait",
+        "zygote",
     )
 
-    def __init__(self, engine: Engine, prepared: ActivePolicy, shape: CellSpec, owner: CellOwner) -> None:
-        self._engine = engine
+    def __init__(self, resources: Resources, zygote: Zygote, spec: CellSpec, owner: CellOwner) -> None:
+        self._resources = resources
         self._owner: CellOwner = owner
         self._loop = asyncio.get_running_loop()
         self._events: RunEvents | None = None
         self._refused: Unavailable | None = None
         self._source = self.alarm = -1
-        self._watched: dict[int, int] = {}
+        self._watched: dict[int, Watched] = {}
         self._poll: select.epoll | None = None
-        self.prepared = prepared
-        self.shape = shape
+        self.zygote = zygote
+        self.spec = spec
         self.life = Life()
         self.slot: Slot | None = None
         self.fds: CellFds | None = None
@@ -152,18 +162,20 @@ class Cell:
         """Ask for it; in a *hurry* it does not rehearse. Its keeper hears the rest. Raises Unavailable, ZygoteLost;
         nothing is left then.
         """
-        engine = self._engine
-        if engine.crowded:
-            what = f"{engine.descriptors - SPARE_DESCRIPTORS} descriptors are open, and {engine.descriptors} may be"
+        resources = self._resources
+        if resources.crowded:
+            what = (
+                f"{resources.descriptors - SPARE_DESCRIPTORS} descriptors are open, and {resources.descriptors} may be"
+            )
             raise Unavailable(
                 "cell", what, errno=errno.EMFILE, fix="raise the limit of open files, or lower max_running"
             )
         try:
-            slot = engine.slots.take()
+            slot = resources.slots.take()
             try:
-                slot.leaf.set_limits(self.shape.leaf)
+                slot.leaf.set_limits(self.spec.leaf)
             except BaseException:
-                engine.slots.give_back(slot)
+                resources.slots.give_back(slot)
                 raise
         except IndexError:
             fix = "start the engine again; its log says which processes would not die"
@@ -174,26 +186,28 @@ class Cell:
         self.slot = slot
         self.made_at = time.monotonic()
         try:
-            guest = engine.slot_ids.guest_uid(slot.index)
-            self.prepared.zygote.make(self, self.shape.plan, slot.index, guest, slot.entry, hurry)
+            guest = resources.slot_ids.guest_uid(slot.index)
+            self.zygote.make(self, self.spec.plan, slot.index, guest, slot.entry, hurry)
         except BaseException:
             self.slot = None
-            engine.slots.give_back(slot)
+            resources.slots.give_back(slot)
             raise
 
     def made(self, fds: CellFds) -> None:
         """As ``zygote.CellEvents``."""
         self.fds = fds
-        self._engine.crowded = fds.channel > self._engine.descriptors - SPARE_DESCRIPTORS  # the lowest free numbers
+        self._resources.crowded = (
+            fds.highest() > self._resources.descriptors - SPARE_DESCRIPTORS
+        )  # numbers are the lowest that are free
         if self.life.on(Event.MADE) is State.ENDING:
             self._kill()
             return
         try:
-            self.channel = socket.socket(fileno=fds.channel)
+            self.channel = fds.take_channel()
             channel.refuse_descriptors(self.channel)
             poll = self._poll = select.epoll()
-            self._watch(fds.channel, 0)
-            self._source = workspace.make_source(self.prepared.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
+            self._watch(self.channel.fileno(), Watched.CHANNEL)
+            self._source = workspace.make_source(self.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
             self._loop.add_reader(poll.fileno(), self._ready)
         except OSError as error:
             self._fail(Unavailable("cell", str(error), errno=error.errno, fix="raise the limit of open files"))
@@ -223,7 +237,7 @@ class Cell:
         else:
             events.exited()
 
-    def _watch(self, fd: int, what: int) -> None:
+    def _watch(self, fd: int, what: Watched) -> None:
         if self._poll is not None:
             self._poll.register(fd, select.EPOLLIN)
         self._watched[fd] = what
@@ -275,17 +289,17 @@ class Cell:
         while len(view):
             view = view[os.write(self._source, view) :]
         if name != SOURCE_NAME:
-            self.prepared.zygote.files.rename(self.fds.code, SOURCE_NAME, name, ZYGOTE_ID)
+            self.zygote.files.rename(self.fds.code, SOURCE_NAME, name, ZYGOTE_ID)
 
     def go(self, with_streams: bool) -> None:
         """From now on it is the program's. Without *with_streams* its output is watched by somebody else."""
         assert self.fds is not None  # noqa: S101
         self.life.on(Event.GO)
         if with_streams:
-            self._watch(self.fds.stdout, 1)
-            self._watch(self.fds.stderr, 2)
-        self._watch(self.leaf.oom_fd, 3)
-        if self._engine.slots.many and self.slot is not None:
+            self._watch(self.fds.stdout, Watched.STDOUT)
+            self._watch(self.fds.stderr, Watched.STDERR)
+        self._watch(self.leaf.oom_fd, Watched.OOM)
+        if self._resources.slots.many and self.slot is not None:
             self.slot.close_idle_fds()
             os.close(self._source)
             self._source = -1
@@ -294,7 +308,7 @@ class Cell:
     def watch_alarm(self, alarm: int) -> None:
         """Tell the rider when *alarm* rings; it is the cell's to close."""
         self.alarm = alarm
-        self._watch(alarm, 4)
+        self._watch(alarm, Watched.ALARM)
 
     # What comes from it
 
@@ -302,12 +316,12 @@ class Cell:
         assert self._poll is not None  # noqa: S101
         for fd, _ in self._poll.poll(0, 5):
             what = self._watched.get(fd)
-            if what == 0:
+            if what is Watched.CHANNEL:
                 self._speaks()
             elif self._events is not None and what is not None:
-                if what == 3:
+                if what is Watched.OOM:
                     self._events.ran_out()
-                elif what == 4:
+                elif what is Watched.ALARM:
                     self._unwatch(fd)
                     self._events.rang()
                 else:
@@ -318,7 +332,7 @@ class Cell:
         assert self.fds is not None  # noqa: S101
         fd = self.fds.stdout if number == 1 else self.fds.stderr
         if on and self._poll is not None and fd not in self._watched:
-            self._watch(fd, number)
+            self._watch(fd, Watched(number))
         elif not on:
             self._unwatch(fd)
 
@@ -345,16 +359,17 @@ class Cell:
         if self.channel is None or (self.channel.fileno() in self._watched) is on:
             return
         if on:
-            self._watch(self.channel.fileno(), 0)
+            self._watch(self.channel.fileno(), Watched.CHANNEL)
         else:
             self._unwatch(self.channel.fileno())
 
     def resume_reading(self) -> None:
         """Whoever read the channel and the streams does so no more."""
         assert self.fds is not None  # noqa: S101
-        self._watch(self.fds.channel, 0)
-        self._watch(self.fds.stdout, 1)
-        self._watch(self.fds.stderr, 2)
+        assert self.channel is not None  # noqa: S101
+        self._watch(self.channel.fileno(), Watched.CHANNEL)
+        self._watch(self.fds.stdout, Watched.STDOUT)
+        self._watch(self.fds.stderr, Watched.STDERR)
 
     def _speaks(self) -> None:
         assert self.channel is not None  # noqa: S101
@@ -367,7 +382,7 @@ class Cell:
             data = b""
         except OSError:
             data = b""
-        self._engine.held.did(len(data))
+        self._resources.held.did(len(data))
         if not data:
             self._unwatch(self.channel.fileno())
         state = self.life.state
@@ -405,7 +420,7 @@ class Cell:
         if self.life.on(event) is not State.ENDING or before is State.ENDING:
             return
         self.ended_at = time.monotonic()
-        self._engine.reaper.add(self)
+        self._resources.reaper.add(self)
         self._kill()
         self._thaw()
         # What it said or wrote is read when it is dead. Its ends hang up before that, and would keep the loop busy.
@@ -459,7 +474,7 @@ class Cell:
 
     def _on_dead(self) -> None:
         """Nothing of it lives."""
-        self._engine.reaper.discard(self)
+        self._resources.reaper.discard(self)
         self._unwatch_all()
         death_waiters, self.death_waiters = self.death_waiters, []
         for one in death_waiters:
@@ -503,10 +518,10 @@ class Cell:
             self._closed()
 
     def _closed(self, _: object = None) -> None:
-        self._engine.crowded = False
+        self._resources.crowded = False
         slot, self.slot = self.slot, None
         if slot is not None:
-            self._engine.slots.give_back(slot)
+            self._resources.slots.give_back(slot)
         self._owner.gone(self)
 
     def _is_slow_to_close(self) -> bool:
@@ -523,7 +538,6 @@ class Cell:
             fds += self.fds.take()
         end, self.channel = self.channel, None
         if end is not None:
-            fds.remove(end.fileno())
             if channel.may_carry_descriptors():
                 disposal.close_socket(end, self._account)
             else:
@@ -543,7 +557,7 @@ class Cell:
         """It would not die: its slot is not used again, and nobody waits any more."""
         log.error("processes of a cell are still there after 10 s; its slot is not used again")
         if self.slot is not None:
-            self._engine.slots.abandon(self.slot)
+            self._resources.slots.abandon(self.slot)
             self.slot = None
         death_waiters, self.death_waiters = self.death_waiters, []
         for one in death_waiters:

@@ -11,22 +11,22 @@ import asyncio
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from sandboxd.engine.cells.cell import Cell
 from sandboxd.engine.cells.shape import CellSpec, same_spec
 from sandboxd.engine.cells.state import State
 from sandboxd.engine.cells.zygote import ZygoteLost
-from sandboxd.errors import PolicyError, Unavailable
+from sandboxd.errors import Unavailable
 
 if TYPE_CHECKING:
-    from sandboxd.engine.cells.active_policy import ActivePolicy
-    from sandboxd.engine.clients.leases import Leases
-    from sandboxd.engine.core import Engine
+    from collections.abc import Callable, Mapping
+
+    from sandboxd.engine.cells.resources import Resources
+    from sandboxd.engine.cells.zygote import Zygote
     from sandboxd.limits import LimitValue
 
-__all__ = ["Pool", "PoolSettings"]
+__all__ = ["Borrower", "Pool"]
 
 log = logging.getLogger("sandboxd.engine")
 
@@ -42,64 +42,44 @@ _DYING: Final = 64
 """Cells that die; with more no new ones are made, so that a teardown that lags slows admission."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolSettings:
-    """An operator's bounds on the parked cells of each policy."""
+class Borrower(Protocol):
+    """A caller of an embedded engine who runs programs in parked cells itself."""
 
-    minimum: int = 2
-    """Parked when nothing happens. 0: only after a first run has come."""
-    maximum: int = 16
-    """Parked at most; 0 parks none."""
-    memory_bytes: int = 256 << 20
-    """Of all parked cells together, what is their own."""
-    age_seconds: float = 300.0
-    """A parked cell that waited longer is replaced."""
-    zygote_cells: int = 20_000
-    """So many cells are forked before the zygote is replaced by a new one, with other addresses and hash seeds."""
-    zygote_seconds: float = 3600.0
-    """So long it serves at most."""
+    def offer(self, cell: Cell) -> bool:
+        """*cell* is parked. False when it cannot be given: then it stays the pool's."""
 
-    @classmethod
-    def from_plain(cls, plain: object) -> PoolSettings:
-        """Raises PolicyError for a key or a value that cannot be."""
-        if not isinstance(plain, dict):
-            raise PolicyError("pool must be a table.", key="pool")
-        known = {field.name for field in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in plain.items():
-            if key not in known:
-                what = f"{key!r} is not a setting of the pool. They are {', '.join(sorted(known))}."
-                raise PolicyError(what, key=f"pool.{key}")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if key.endswith("_seconds"):
-                if not number or not 0.1 <= value <= 1e9:
-                    raise PolicyError(f"pool.{key} must be a number of seconds from 0.1.", key=f"pool.{key}")
-                value = float(value)
-            elif type(value) is not int or not (1 if key == "zygote_cells" else 0) <= value <= 1 << 50:
-                raise PolicyError(f"pool.{key} must be a whole number that is not negative.", key=f"pool.{key}")
-            values[key] = value
-        if "maximum" in values:
-            values.setdefault("minimum", min(cls().minimum, values["maximum"]))
-        made = cls(**values)
-        if made.minimum > made.maximum:
-            raise PolicyError(f"pool.minimum ({made.minimum}) is above pool.maximum.", key="pool.minimum")
-        return made
+    def revoke(self, again: bool = True) -> bool:
+        """It is over before its program came; *again*: another cell is wanted. False when the program has started."""
 
 
 class Pool:
-    """Of *prepared*; idle until ``open``."""
+    """Of one zygote, for the *limits* of one policy; idle until ``open``. *on_worn* is called when the zygote has
+    served for so long that another one should take its place.
+    """
 
-    def __init__(self, engine: Engine, prepared: ActivePolicy) -> None:
-        self._engine = engine
-        self._prepared = prepared
-        self._settings = engine.config.pool
+    # More than 15 attributes: where a cell can be (five places), who can wait for one (three ways), and two timers.
+
+    def __init__(
+        self,
+        resources: Resources,
+        name: str,
+        limits: Mapping[str, LimitValue],
+        zygote: Zygote,
+        on_worn: Callable[[], None],
+    ) -> None:
+        self._resources = resources
+        self._name = name
+        self._limits = limits
+        self._zygote = zygote
+        self._on_worn = on_worn
+        self._settings = resources.config.pool
         self._loop = asyncio.get_running_loop()
-        self._shape = CellSpec.of(prepared.limits, engine.no_cgroups)
+        self._spec = CellSpec.of(limits, resources.no_cgroups)
         self._parked: list[Cell] = []
         self._making: set[Cell] = set()
         self._waiting: deque[asyncio.Future[Cell]] = deque()
-        self._borrowers: deque[Leases] = deque()
-        self._lent: dict[Cell, Leases] = {}
+        self._borrowers: deque[Borrower] = deque()
+        self._lent: dict[Cell, Borrower] = {}
         self._failed_waiters: dict[Cell, list[tuple[asyncio.Future[Cell], Exception]]] = {}
         self._special: dict[Cell, asyncio.Future[Cell]] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -114,7 +94,7 @@ class Pool:
 
     def take(self, limits: dict[str, LimitValue]) -> Cell | None:
         """A parked cell that serves *limits*; None when there is none."""
-        if not self._parked or not same_spec(limits, self._prepared.limits, self._engine.no_cgroups):
+        if not self._parked or not same_spec(limits, self._limits, self._resources.no_cgroups):
             return None
         cell = self._parked.pop()
         self._taken()
@@ -125,7 +105,7 @@ class Pool:
         there is one: nothing of the run exists then.
         """
         future: asyncio.Future[Cell] = self._loop.create_future()
-        if same_spec(limits, self._prepared.limits, self._engine.no_cgroups):
+        if same_spec(limits, self._limits, self._resources.no_cgroups):
             if self._open:
                 self._taken(waits=True)
             self._waiting.append(future)
@@ -135,7 +115,7 @@ class Pool:
             except BaseException:
                 self._withdraw(future)
                 raise
-        cell = Cell(self._engine, self._prepared, CellSpec.of(limits, self._engine.no_cgroups), self)
+        cell = Cell(self._resources, self._zygote, CellSpec.of(limits, self._resources.no_cgroups), self)
         self._special[cell] = future
         self.living += 1
         try:
@@ -153,13 +133,13 @@ class Pool:
 
     # Callers of an embedded engine that run their programs themselves
 
-    def lend(self, borrower: Leases) -> None:
+    def lend(self, borrower: Borrower) -> None:
         """Offer *borrower* a parked cell: now, or when one is there."""
         if borrower not in self._borrowers:
             self._borrowers.append(borrower)
         self._lend()
 
-    def unlend(self, borrower: Leases) -> None:
+    def unlend(self, borrower: Borrower) -> None:
         """It wants none any more."""
         if borrower in self._borrowers:
             self._borrowers.remove(borrower)
@@ -253,7 +233,7 @@ class Pool:
         if cell in self._parked:
             self._parked.remove(cell)
         if why is not None:
-            log.warning("a cell of policy %s could not be parked: %s", self._prepared.name, why)
+            log.warning("a cell of policy %s could not be parked: %s", self._name, why)
         self._retry_at = time.monotonic() + RETRY_SECONDS
         told = self._failed_waiters[cell] = []
         while self._waiting:
@@ -269,7 +249,7 @@ class Pool:
         self.living -= 1
         self._lent.pop(cell, None)
         self._tell(cell)
-        if self._waiting or not self._engine.busy:
+        if self._waiting or not self._resources.busy:
             self._refill()
 
     def _tell(self, cell: Cell) -> None:
@@ -296,10 +276,11 @@ class Pool:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._prepared.zygote.lost:
+        if self._zygote.lost:
             self._give_up()
             return
-        engine = self._engine
+        resources = self._resources
+        most_running = resources.admission.most_running
         wanted = len(self._waiting) - len(self._making)
         if self._open:
             if time.monotonic() < self._retry_at:
@@ -307,11 +288,11 @@ class Pool:
             else:
                 # Those that are lent and still wait are as good as parked.
                 wanted += max(0, self.target - len(self._parked) - self._lent_idle())
-        while wanted > 0 and len(self._making) < engine.makers and len(engine.reaper) < _DYING + engine.most_running:
-            if engine.slots.free <= (0 if self._waiting else engine.most_running) and engine.reaper:
+        while wanted > 0 and len(self._making) < resources.makers and len(resources.reaper) < _DYING + most_running:
+            if resources.slots.free <= (0 if self._waiting else most_running) and resources.reaper:
                 return  # the slots that are left are for runs; a cell that is dying gives one back
             wanted -= 1
-            cell = Cell(engine, self._prepared, self._shape, self)
+            cell = Cell(resources, self._zygote, self._spec, self)
             try:
                 cell.make(hurry=len(self._waiting) > len(self._making))
             except (Unavailable, ZygoteLost) as error:
@@ -329,7 +310,7 @@ class Pool:
                 future.set_exception(self._lost())
 
     def _lost(self) -> ZygoteLost:
-        return ZygoteLost(self._prepared.zygote.last_words())
+        return ZygoteLost(self._zygote.last_words())
 
     def _tidy(self) -> None:
         """Now and then: end what is stale or too many, look after those that are late."""
@@ -351,15 +332,15 @@ class Pool:
             late = now - cell.made_at > self._settings.age_seconds or self._is_cold(cell)
             if (late or (too_many and not self._parked)) and borrower.revoke(again=late):
                 too_many = False
-        if len(self._parked) < self.target and not self._engine.busy:
+        if len(self._parked) < self.target and not self._resources.busy:
             self._refill()
-        zygote = self._prepared.zygote
+        zygote = self._zygote
         if zygote.made >= self._settings.zygote_cells or now - zygote.born > self._settings.zygote_seconds:
-            self._engine.rotate(self._prepared)
+            self._on_worn()
 
     def _is_cold(self, cell: Cell) -> bool:
         """Whether it was forked before the zygote knew what the warm-up touches, and it knows now."""
-        warm_at = self._prepared.zygote.warm_at
+        warm_at = self._zygote.warm_at
         return warm_at is not None and cell.made_at < warm_at
 
     # The end

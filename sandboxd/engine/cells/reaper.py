@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
-if TYPE_CHECKING:
-    from sandboxd.engine.cells.cell import Cell
-
-__all__ = ["Reaper"]
+__all__ = ["Dying", "Reaper"]
 
 _LOOK_SECONDS: Final = 0.02
+
+
+class Dying(Protocol):
+    """A cell that was sent SIGKILL."""
+
+    def check_teardown(self, now: float) -> bool:
+        """Help it along at *now*, a time.monotonic(); whether it takes too long."""
+
+    def abandon(self) -> None:
+        """It would not die."""
 
 
 class Reaper:
     """``add`` when a cell is killed, ``discard`` when it is dead. Its length is the backlog of the teardown."""
 
     def __init__(self) -> None:
-        self._cells: set[Cell] = set()
+        self._cells: set[Dying] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._cells)
 
-    def add(self, cell: Cell) -> None:
+    def add(self, cell: Dying) -> None:
         """It was sent SIGKILL."""
         self._cells.add(cell)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_LOOK_SECONDS, self._look)
 
-    def discard(self, cell: Cell) -> None:
+    def discard(self, cell: Dying) -> None:
         """It is dead, or given up."""
         self._cells.discard(cell)
 

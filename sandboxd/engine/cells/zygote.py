@@ -221,6 +221,18 @@ class CellFds:
     stderr: int
     channel: int
 
+    def take_channel(self) -> socket.socket:
+        """The near end of the channel, now the caller's."""
+        end = socket.socket(fileno=self.channel)
+        self.channel = -1
+        return end
+
+    def highest(self) -> int:
+        """The highest number among them."""
+        return max(
+            self.init, self.workspace, self.tmp, self.shm, self.code, self.stdin, self.stdout, self.stderr, self.channel
+        )
+
     def take(self) -> list[int]:
         """Those that are open, now the caller's."""
         fds = [getattr(self, name) for name in self.__slots__]

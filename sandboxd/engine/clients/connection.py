@@ -26,7 +26,7 @@ from sandboxd._util import disposal
 from sandboxd._util.fdwait import in_thread, resolve, writable
 from sandboxd.engine.cells.active_policy import ActivePolicy
 from sandboxd.engine.clients.leases import Leases, send_now
-from sandboxd.engine.tally import STATUSES, stats
+from sandboxd.engine.tally import STATUSES
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.limits import shown
 from sandboxd.protocol import packets
@@ -34,7 +34,7 @@ from sandboxd.protocol.run_header import Run, parse_header
 
 if TYPE_CHECKING:
     from sandboxd.engine.cells.workspace import Collected
-    from sandboxd.engine.core import Engine
+    from sandboxd.engine.engine import Engine
     from sandboxd.engine.runs.run import CellRun
     from sandboxd.protocol.packets import Packet
 
@@ -92,7 +92,7 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._sending = asyncio.Lock()
         self._lost = False
-        self._share = engine.share(None if sees_all else client.get("uid"))
+        self._share = engine.shares.of(None if sees_all else client.get("uid"))
         self._bounds = packets.ANYTHING if sees_all else packets.REQUESTS
         self._may_cancel = False
         self._unread = False
@@ -119,7 +119,15 @@ class Connection:
             if hello.message.get("op") != "hello":
                 raise ProtocolError("The first packet must be hello.")
             if self._lends and hello.message.get("direct") is True:
-                self._leases = Leases(self._engine, self._client, lambda data, fds: send_now(self._sock, data, fds))
+                engine = self._engine
+                self._leases = Leases(
+                    engine.resources,
+                    engine.live,
+                    engine.tally,
+                    engine.policies.current,
+                    self._client,
+                    lambda data, fds: send_now(self._sock, data, fds),
+                )
             await self._send({"op": "hello", "version": packets.VERSION, "engine": "sandboxd"})
             while (packet := await self._receive()) is not None:
                 self._answering = True
@@ -170,10 +178,10 @@ class Connection:
                 raise ProtocolError("Only a request for a run may come in a memfd.")
             elif operation == "ps":
                 visible = self._may_see
-                await self._send({"op": "ps", "runs": self._engine.list_runs(visible)})
+                await self._send({"op": "ps", "runs": self._engine.live.facts(visible)})
             elif operation == "stats":
                 uid = None if self._sees_all else self._client.get("uid")
-                await self._send({"op": "stats", "stats": stats(self._engine, uid)})
+                await self._send({"op": "stats", "stats": self._engine.stats(uid)})
             elif operation == "logs":
                 await self._logs(packet.message)
             elif operation == "reload" and self._reload is not None:
@@ -235,7 +243,7 @@ class Connection:
         try:
             # Who sees all is the operator; of anybody else only so much stays in the engine's memory at a time.
             who = None if self._sees_all else self._client.get("uid")
-            with self._engine.hold(who, packet.text_bytes + _code_bytes(message["run"])):
+            with self._engine.shares.hold(who, packet.text_bytes + _code_bytes(message["run"])):
                 # Not a name of this frame: the payload's pages go with its last reference, which may take a while.
                 requests = [await self._parse(packet)]
                 message = {}
@@ -507,7 +515,7 @@ class Connection:
                 raise ProtocolError("Descriptors that came with earlier packets cannot be closed.")
             with self._share.counted(), contextlib.suppress(BlockingIOError):
                 packet = packets.receive(self._sock, inline=inline, bounds=self._bounds, owner=owner)
-                self._engine.held.did(packet.text_bytes if packet is not None else 0)
+                self._engine.resources.held.did(packet.text_bytes if packet is not None else 0)
                 return packet
             self._wake = self._loop.create_future()
             self._watch()

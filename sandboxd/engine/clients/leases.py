@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 
     from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.cells.cell import Cell
-    from sandboxd.engine.core import Engine
+    from sandboxd.engine.cells.resources import Resources
+    from sandboxd.engine.runs.live import LiveRuns
+    from sandboxd.engine.tally import Tally
 
 __all__ = ["Lease", "Leases"]
 
@@ -48,8 +50,9 @@ ALARM_SECONDS: Final = 0.01
 class Lease:
     """One cell that a caller may start a program in. As ``cell.RunEvents`` it hears what happens before that."""
 
-    def __init__(self, leases: Leases, cell: Cell, identity: str, alarm: int) -> None:
+    def __init__(self, leases: Leases, active: ActivePolicy, cell: Cell, identity: str, alarm: int) -> None:
         self._leases = leases
+        self.active = active
         self.cell = cell
         self.identity = identity
         self.alarm = alarm
@@ -92,37 +95,52 @@ class Lease:
 class Leases:
     """One connection's: at most one lease that waits, or one run that was started in it."""
 
-    def __init__(self, engine: Engine, client: dict[str, Any], send: Callable[[bytes, list[int]], bool]) -> None:
-        """*send* delivers a packet with descriptors now; False when the peer's queue is full, or it has left."""
-        self._engine = engine
+    def __init__(
+        self,
+        resources: Resources,
+        live: LiveRuns,
+        tally: Tally,
+        current: Callable[[ActivePolicy], ActivePolicy | None],
+        client: dict[str, Any],
+        send: Callable[[bytes, list[int]], bool],
+    ) -> None:
+        """*current* is what serves a policy now; *send* delivers a packet with descriptors now: False when the peer's
+        queue is full, or it has left.
+        """
+        self._resources = resources
+        self._live = live
+        self._tally = tally
+        self._current = current
         self._client = client
         self._send = send
         self._leaves: dict[tuple[str, int], int] = {}
         self._known = 0
-        self._prepared: ActivePolicy | None = None
+        self._active: ActivePolicy | None = None
         self.lease: Lease | None = None
         self.run: CellRun | None = None
         self._closed = False
 
     # Offering
 
-    def want(self, prepared: ActivePolicy) -> None:
-        """Offer a cell of *prepared*'s as soon as one is parked and nobody else wants it."""
-        self._prepared = prepared
+    def want(self, active: ActivePolicy) -> None:
+        """Offer a cell of *active*'s as soon as one is parked and nobody else wants it."""
+        if self._active is not None and self._active is not active:
+            self._active.pool.unlend(self)
+        self._active = active
         if not self._closed and self.lease is None and self.run is None:
-            prepared.pool.lend(self)
+            active.pool.lend(self)
 
     def offer(self, cell: Cell) -> bool:
         """From the pool: *cell* is parked. False when it cannot be given: then it stays the pool's."""
         if self._closed or self.lease is not None or self.run is not None or not cell.leaf.counts:
             return False
-        if not self._engine.reserve(self):
+        if self._active is None or not self._resources.admission.reserve(self):
             return False
         alarm = lib.sbx_alarm_new()
-        lease = Lease(self, cell, secrets.token_hex(8), alarm)
+        lease = Lease(self, self._active, cell, secrets.token_hex(8), alarm)
         if alarm < 0 or not self._announce(lease):
             lib.sbx_close_all([alarm], 1)
-            self._engine.unreserve(self)
+            self._resources.admission.unreserve(self)
             return False
         cell.stop_reading()
         cell.attach(lease)
@@ -131,15 +149,17 @@ class Leases:
         return True
 
     def _announce(self, lease: Lease) -> bool:
-        cell = lease.cell
+        active, cell = lease.active, lease.cell
         assert cell.fds is not None  # noqa: S101
+        assert cell.channel is not None  # noqa: S101
         assert cell.slot is not None  # noqa: S101
         leaf = cell.leaf
         reading = leaf.reading()
         # What does not change from run to run is told once for each leaf.
-        name = (leaf.name, cell.prepared.serial)
+        name = (leaf.name, active.serial)
         held = cell.fds
-        fds = [held.channel, held.stdout, held.stderr, held.workspace, held.tmp, held.shm, cell.source_fd, lease.alarm]
+        fds = [cell.channel.fileno(), held.stdout, held.stderr, held.workspace, held.tmp, held.shm]
+        fds += [cell.source_fd, lease.alarm]
         known = self._leaves.get(name)
         if known is not None:
             return self._send(packets.lease(lease.identity, known, reading.before), fds)
@@ -155,8 +175,8 @@ class Leases:
             "leaf": known,
             "before": reading.before,
             "known": {
-                "limits": cell.prepared.limits,
-                "isolation": cell.prepared.receipt(cell.slot.index),
+                "limits": active.limits,
+                "isolation": active.receipt(cell.slot.index),
                 "reading": reading.plain(),
                 "numbers": [[order.index(number.fd), number.key] for number in numbers],
             },
@@ -182,7 +202,7 @@ class Leases:
             return
         buffers, _ = packets.pack({"op": "revoked", "lease": lease.identity})
         self._send(b"".join(buffers), [])
-        self._engine.unreserve(self)
+        self._resources.admission.unreserve(self)
         lease.cell.discard()
         lease.cell.let_go()
         if again:  # but not at once: the turn is somebody else's
@@ -198,10 +218,9 @@ class Leases:
         cell = lease.cell
         if cell.life.state is not State.SEALED:
             return None
-        run = self.run = CellRun(self._engine, cell.prepared, None, cell.prepared.limits, lease.identity, None)
+        run = self.run = CellRun(self._resources, lease.active, lease.active.limits, lease.identity)
         run.start_leased(cell, ago_seconds)
-        self._engine.live[run.id] = run
-        self._engine.owners[run.id] = self._client
+        self._live.add(run, self._client)
         return run
 
     def lost(self) -> None:
@@ -210,17 +229,16 @@ class Leases:
         if lease is None or self.run is not None:
             return
         cell = lease.cell
-        run = self.run = CellRun(self._engine, cell.prepared, None, cell.prepared.limits, lease.identity, None)
+        run = self.run = CellRun(self._resources, lease.active, lease.active.limits, lease.identity)
         run.start_lost(cell)
-        self._engine.live[run.id] = run
-        self._engine.owners[run.id] = self._client
+        self._live.add(run, self._client)
 
     def done(self, identity: object, status: str) -> None:
         """It ended cleanly, and the caller has its answer."""
         lease, run = self.lease, self.run
         if lease is None or lease.identity != identity:
             return
-        self._engine.tally.count(self._client.get("uid"), lease.cell.prepared.name, status)
+        self._tally.count(self._client.get("uid"), lease.active.name, status)
         if run is not None:
             self.finish(run)
             return
@@ -237,7 +255,7 @@ class Leases:
             return None
         run = self.start(ago_seconds)
         if run is not None:
-            run.began(ago_seconds)  # the alarm may have been told late
+            run.clock.began(ago_seconds)  # the alarm may have been told late
         return run
 
     def begun(self) -> CellRun | None:
@@ -255,28 +273,27 @@ class Leases:
     def _finish(self, run: CellRun | None) -> None:
         self.run = self.lease = None
         if run is not None:
-            self._engine.live.pop(run.id, None)
-            self._engine.owners.pop(run.id, None)
-        self._engine.unreserve(self)
+            self._live.remove(run)
+        self._resources.admission.unreserve(self)
 
     def _again(self) -> None:
-        if self._prepared is not None and not self._closed:
-            current = self._engine.current(self._prepared)
+        if self._active is not None and not self._closed:
+            current = self._current(self._active)
             if current is not None:
                 self.want(current)
 
     def close(self) -> None:
         """The connection is over, and with it whatever runs."""
         self._closed = True
-        if self._prepared is not None:
-            self._prepared.pool.unlend(self)
+        if self._active is not None:
+            self._active.pool.unlend(self)
         run, lease = self.run, self.lease
         if run is not None:
             self._finish(run)
             run.close()
         elif lease is not None:
             self.lease = None
-            self._engine.unreserve(self)
+            self._resources.admission.unreserve(self)
             lease.cell.discard()
             lease.cell.let_go()
 

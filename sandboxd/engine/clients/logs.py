@@ -17,7 +17,7 @@ from sandboxd.errors import ProtocolError, Unavailable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sandboxd.engine.core import Engine
+    from sandboxd.engine.engine import Engine
 
 __all__ = ["answer"]
 
@@ -34,7 +34,7 @@ async def answer(engine: Engine, message: Mapping[str, Any], uid: int | None) ->
     cursor, run = message.get("cursor"), message.get("run")
     if set(message) != KEYS or not (cursor is None or _is_cursor(cursor)) or not (run is None or _is_run(run)):
         raise ProtocolError("A request for logs has a cursor that it was given, or null, and a run's id, or null.")
-    path = engine.trail.path
+    path = engine.audit.path
     if path is None:
         raise Unavailable("audit", "nothing is recorded", fix="set enabled = true in [audit] of its configuration")
     start = START if cursor is None else (cursor[0], cursor[1])

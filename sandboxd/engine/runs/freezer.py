@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sandboxd.engine.cells.cell import Cell
-    from sandboxd.engine.runs.clock import Mode
+    from sandboxd.engine.runs.meter import Mode
 
 __all__ = ["Freezer", "Waiter"]
 
