@@ -226,7 +226,7 @@ class Policies:
             raise Unavailable("self-test", what, fix="look at what it says, and at sandboxd doctor")
         slot_ids, ids = self._resources.slot_ids, self._resources.ids
         guest = slot_ids.guest_uid(int(header["isolation"]["uid"]) - slot_ids.host_uid(0))
-        selftest.verify(said, guest, made.zygote.landlock_abi, made.profile, ids.shared is not None)
+        selftest.verify(said, guest, made.zygote.facts.landlock_abi, made.profile, ids.shared is not None)
 
     async def probe(self, active: ActivePolicy) -> None:
         """Run a program of our own, beside the queue. Raises Unavailable when it does not end as it should."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from sandboxd import Limits, Result, Sandbox
-from sandboxd.engine.cells.zygote import INSIDE
+from sandboxd.engine.cells.zygote_spawn import INSIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

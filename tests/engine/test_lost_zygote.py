@@ -46,7 +46,7 @@ async def look(engine):
         return error.stage
     finally:
         calls.pidfd_kill = kill
-        kill(zygote._pidfd, signal.SIGKILL)
+        kill(zygote._ends.pidfd, signal.SIGKILL)
         await zygote.close()
 """
     assert in_engine(look) == "zygote"

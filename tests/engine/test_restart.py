@@ -25,14 +25,14 @@ async def look(engine):
     # The survey runs each statement twice more.
     warmup = "import json, time\\ntime.sleep(0.5)\\njson.dumps([1] * 1000)\\n"
     made = await engine.policies.get("", Policy(name="slow", runtime=Runtime(preload=("json",), warmup=warmup)).plain())
-    learning = made.zygote.learning, made.zygote.warm_at
+    learning = made.zygote.facts.learning, made.zygote.warm_at
     await until(lambda: len(parked(made)) == made.pool.target)
     early = parked(made)
-    still = made.zygote.learning
+    still = made.zygote.facts.learning
     await until(lambda: made.zygote.warm_at is not None)
     await until(lambda: len(parked(made)) == made.pool.target and not set(early) & set(parked(made)))
     late = [cell.made_at > made.zygote.warm_at for cell in parked(made)]
-    return [learning, still, made.zygote.learning, late]
+    return [learning, still, made.zygote.facts.learning, late]
 """
     learning, still, afterwards, late = in_engine(look)
     assert learning == [True, None]
@@ -45,7 +45,7 @@ def test_without_a_warmup_there_is_nothing_to_learn() -> None:
     look = """
 async def look(engine):
     made = await engine.policies.get("", Policy(name="plain", runtime=Runtime(preload=("json",))).plain())
-    return [made.zygote.learning, made.zygote.warm_at]
+    return [made.zygote.facts.learning, made.zygote.warm_at]
 """
     assert in_engine(look) == [False, None]
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd._native import ffi, lib
-from sandboxd.engine.cells.zygote import INSIDE
+from sandboxd.engine.cells.zygote_spawn import INSIDE
 from sandboxd.kernel import calls
 from sandboxd.kernel.stages import Stage, unavailable
 from sandboxd.rootfs import plan as rootfs

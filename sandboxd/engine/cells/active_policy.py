@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 from sandboxd import seccomp
 from sandboxd.cgroup import NoInstance
 from sandboxd.engine.cells.pool import Pool
-from sandboxd.engine.cells.zygote import INSIDE, Zygote, ZygoteConfig, ZygoteSpec
+from sandboxd.engine.cells.zygote import Zygote, ZygoteConfig
+from sandboxd.engine.cells.zygote_spawn import INSIDE, ZygoteSpec
 from sandboxd.errors import PolicyError, Unavailable
 from sandboxd.kernel.stages import Stage
 from sandboxd.limits import defaults
@@ -99,7 +100,7 @@ class ActivePolicy:
             "namespaces": list(NAMESPACES),
             "cgroup": {"version": facts["version"], "controllers": list(facts["controllers"])},
             "seccomp": {"policy": self.filter_name, "sha256": self.profile_sha256},
-            "landlock_abi": self.zygote.landlock_abi,
+            "landlock_abi": self.zygote.facts.landlock_abi,
             "uid": resources.slot_ids.host_uid(slot),
             "network": "none",
             "rootfs": self.plain["filesystem"]["image"],
@@ -226,12 +227,12 @@ async def activate(
     missing += [f"cgroup: {what}" for what in instance.facts()["missing"]]
     if shared is not None:
         missing.append("own uid: all cells have the id of the engine's user, and its supplementary groups")
-    missing += zygote.unmet
-    if zygote.landlock_abi == 0:
+    missing += zygote.facts.unmet
+    if zygote.facts.landlock_abi == 0:
         missing.append("landlock")
-    elif zygote.landlock_abi < SCOPES_ABI:
+    elif zygote.facts.landlock_abi < SCOPES_ABI:
         missing.append("landlock scopes for signals and abstract sockets (ABI 6, Linux 6.12)")
-        if zygote.landlock_abi < NETWORK_ABI:
+        if zygote.facts.landlock_abi < NETWORK_ABI:
             missing.append("landlock network rights (ABI 4, Linux 6.7)")
     return ActivePolicy(
         name=plain["name"],

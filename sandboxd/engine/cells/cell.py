@@ -43,10 +43,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sandboxd.cgroup import Leaf
+    from sandboxd.engine.cells.messages import CellFds
     from sandboxd.engine.cells.resources import Resources
     from sandboxd.engine.cells.shape import CellSpec
     from sandboxd.engine.cells.slots import Slot
-    from sandboxd.engine.cells.zygote import CellFds, Zygote
+    from sandboxd.engine.cells.zygote import Zygote
 
 __all__ = ["Cell", "CellOwner", "RunEvents"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from sandboxd.cgroup import LeafLimits
-from sandboxd.engine.cells.zygote import CellPlan, InitSizes
+from sandboxd.engine.cells.messages import CellPlan, InitSizes
 from sandboxd.limits import value_of
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
 
-from sandboxd.engine.cells.zygote import Entry
+from sandboxd.engine.cells.messages import Entry
 
 if TYPE_CHECKING:
     from sandboxd.cgroup import Instance, Leaf

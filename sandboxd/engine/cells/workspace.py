@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sandboxd.engine.cells.files import CellFiles
-    from sandboxd.engine.cells.zygote import CellFds
+    from sandboxd.engine.cells.messages import CellFds
 
 __all__ = ["Collected", "Known", "collect", "is_untouched", "make_source", "put_files", "settled", "spaces"]
 
