@@ -69,8 +69,8 @@ def receipt(sandbox: Sandbox) -> dict[str, Any]:
 
 def engine_pid(sandbox: Sandbox) -> int:
     """The process of an embedded engine."""
-    assert sandbox._engine is not None
-    return sandbox._engine.pid
+    assert sandbox._handle.engine is not None
+    return sandbox._handle.engine.pid
 
 
 class Record:

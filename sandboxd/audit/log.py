@@ -59,6 +59,8 @@ class AuditLog(Closing):
     Raises AuditError when it cannot be opened, unless *on_failure* is "continue".
     """
 
+    # More than 15 attributes: the file, what waits to be written in two forms, what was lost, the writing thread.
+
     def __init__(
         self,
         path: str | os.PathLike[str],

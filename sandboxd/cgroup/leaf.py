@@ -118,6 +118,8 @@ class Leaf:
     operation, path) where the kernel refuses.
     """
 
+    # More than 15 attributes: one for each controller, beside name, limits, descriptors and what was counted before.
+
     counts = True
     """Whether there are counters at all."""
 

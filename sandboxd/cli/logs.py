@@ -68,7 +68,7 @@ def logs(file: str | None, connect: str | None, follow: bool, run: str | None, v
 def source(file: str | None, connect: str | None, run: str | None) -> Iterator[Callable[[Cursor], Page]]:
     """What fetches the record's pages. Raises Unavailable."""
     if file is None and (connect is not None or _is_socket(DEFAULT_ADDRESS.partition(":")[2])):
-        from sandboxd.client.remote_log import pages
+        from sandboxd.client.admin import pages
 
         with pages(connect or DEFAULT_ADDRESS, run) as fetch:
             yield fetch

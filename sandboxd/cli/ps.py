@@ -31,9 +31,9 @@ COLUMNS = (
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
 def ps(connect: str, as_json: bool) -> None:
     """List the live cells of a daemon: your own, or everybody's for root and the service user."""
-    from sandboxd.client import sandbox
+    from sandboxd.client import admin
 
-    rows = [{**row, **process_facts(row.get("pid"))} for row in sandbox.ps(connect)]
+    rows = [{**row, **process_facts(row.get("pid"))} for row in admin.ps(connect)]
     if as_json:
         output.emit_json(rows)
         return

@@ -18,8 +18,8 @@ def reload(connect: str) -> None:
     For root and the user that the daemon runs as. A wrong file is named and
     changes nothing; the exit status is 2 then.
     """
-    from sandboxd.client import sandbox
+    from sandboxd.client import admin
 
-    said = sandbox.reload(connect)
+    said = admin.reload(connect)
     for sentence in said or ["Nothing has changed."]:
         output.write(output.escape(sentence))

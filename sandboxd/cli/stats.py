@@ -24,9 +24,9 @@ def stats(connect: str, as_json: bool) -> None:
     The held time is how long one iteration of the daemon's loop kept all others waiting. Every clock and every kill
     is an event of that loop: above 50 ms, limits are late.
     """
-    from sandboxd.client import sandbox
+    from sandboxd.client import admin
 
-    found = sandbox.stats(connect)
+    found = admin.stats(connect)
     if as_json:
         output.emit_json(found)
         return

@@ -14,8 +14,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar
 
 from sandboxd._util.fdwait import readable, writable
-from sandboxd.client.sandbox import CANCEL_SECONDS, DESCRIPTORS, RUN_DEFAULTS, Sandbox
-from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError, later
+from sandboxd.client.connections import CANCEL_SECONDS, DESCRIPTORS, counters
+from sandboxd.client.sandbox import RUN_DEFAULTS, Sandbox
+from sandboxd.errors import SandboxError, later
 from sandboxd.protocol import packets
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from sandboxd.client.connections import Connection
     from sandboxd.client.exchange import Exchange, FileContent, TextCallback, ToolHost
+    from sandboxd.client.handle import Handle
     from sandboxd.client.result import Result
     from sandboxd.policy import Limits, Policy
     from sandboxd.protocol.packets import Packet
@@ -58,7 +61,7 @@ class AsyncSandbox:
             policy, limits=limits, max_running=max_running, memory_bytes=memory_bytes, ids=ids, pool=pool, audit=audit
         )
         self._declared: tuple[str | Path | Policy | None, Limits | None] = (policy, limits)
-        self._prepare()
+        self._init_state()
 
     @classmethod
     def connect(cls, address: str, *, policy: str | None = None, limits: Limits | None = None) -> Self:
@@ -66,15 +69,15 @@ class AsyncSandbox:
         self = cls.__new__(cls)
         self._start = lambda: Sandbox.connect(address, policy=policy, limits=limits)
         self._declared = (None, limits)
-        self._prepare()
+        self._init_state()
         return self
 
-    def _prepare(self) -> None:
+    def _init_state(self) -> None:
         self._sandbox: Sandbox | None = None
         self._starting = asyncio.Lock()
         self._closed = False
 
-    async def _opened(self) -> Sandbox:
+    async def _opened(self) -> Handle:
         if self._closed:
             raise RuntimeError("This AsyncSandbox is closed.")
         async with self._starting:
@@ -89,7 +92,7 @@ class AsyncSandbox:
                     raise
                 self._sandbox = start.made
             assert self._sandbox is not None  # noqa: S101 (run's promise)
-            return self._sandbox
+            return self._sandbox._handle
 
     async def run(
         self,
@@ -107,8 +110,8 @@ class AsyncSandbox:
         on_stderr: TextCallback | None = None,
     ) -> Result:
         """As ``Sandbox.run``."""
-        sandbox = await self._opened()
-        exchange = sandbox._exchange(
+        handle = await self._opened()
+        exchange = handle.exchange(
             code,
             language=language,
             limits=limits,
@@ -121,44 +124,39 @@ class AsyncSandbox:
             on_stdout=on_stdout,
             on_stderr=on_stderr,
         )
-        return await self._perform(sandbox, exchange)
+        return await self._perform(handle, exchange)
 
     async def _run_with_tools(self, code: str | bytes, tools: ToolHost, **arguments: Any) -> Result:
         """As ``Sandbox._run_with_tools``."""
-        sandbox = await self._opened()
+        handle = await self._opened()
         try:
-            exchange = sandbox._exchange(code, tools=tools, **{**RUN_DEFAULTS, **arguments})
-            return await self._perform(sandbox, exchange)
+            exchange = handle.exchange(code, tools=tools, **{**RUN_DEFAULTS, **arguments})
+            return await self._perform(handle, exchange)
         finally:
             tools.end()
 
     @staticmethod
-    async def _perform(sandbox: Sandbox, exchange: Exchange) -> Result:
+    async def _perform(handle: Handle, exchange: Exchange) -> Result:
+        connections = handle.connections
         while True:
-            sock, fresh = sandbox._connection()
-            sock.setblocking(False)
-            keep = False
+            connection = connections.take()
+            connection.sock.setblocking(False)
             try:
-                result = await _drive(sock, exchange, fresh)
-                keep = True
+                result = await _drive(connection, exchange)
             except SandboxError as error:
-                keep = not isinstance(error, ConnectionLost | ProtocolError)
-                sandbox._check_open()
-                if fresh or exchange.sent or not isinstance(error, ConnectionLost):
-                    raise
-                sandbox._forget_idle()  # as in Sandbox.run
+                handle.failed(connection, exchange, error)
             except BaseException:
                 if not exchange.answered:
-                    await _cancel(sock)
+                    await _cancel(connection.sock)
+                connections.settle(connection, keep=False)
                 raise
             else:
+                connections.settle(connection, keep=True)
                 return result
-            finally:
-                sandbox._settle(sock, keep=keep)
 
     async def stats(self) -> dict[str, Any]:
         """As ``Sandbox.stats``."""
-        return await asyncio.to_thread((await self._opened()).stats)
+        return counters(await asyncio.to_thread((await self._opened()).ask, "stats"))
 
     def session(self, **_arguments: Any) -> NoReturn:
         """As ``Sandbox.session``: not in this version. Raises Unavailable."""
@@ -214,9 +212,10 @@ class _Start:
             made.close()
 
 
-async def _drive(sock: socket.socket, exchange: Exchange, fresh: bool) -> Result:
+async def _drive(connection: Connection, exchange: Exchange) -> Result:
+    sock = connection.sock
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # as in Sandbox._drive
-        if fresh:
+        if connection.fresh:
             await _send(sock, *packets.pack(packets.hello()))
         await _send(sock, *exchange.packet())
         exchange.sent = True
@@ -303,7 +302,7 @@ async def _receive(sock: socket.socket, drop: Callable[[Packet | None], None]) -
         except BlockingIOError:
             await readable(sock.fileno())
         except ConnectionResetError:
-            raw = packets.take(sock)  # as in sandboxd.client.sandbox
+            raw = packets.take(sock)  # as in connections
             break
     if raw is None:
         return None

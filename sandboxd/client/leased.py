@@ -25,9 +25,9 @@ from sandboxd._native import ffi, lib
 from sandboxd.cgroup.numbers import Numbers
 from sandboxd.cgroup.reading import Reading
 from sandboxd.client.result import Isolation, Result
-from sandboxd.engine.cells.workspace import Collected
 from sandboxd.errors import ProtocolError
 from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
+from sandboxd.outcome.collected import Collected
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Evidence, parse_finished
 from sandboxd.protocol import channel, packets

@@ -292,6 +292,8 @@ class Result(BaseModel):
     readable.
     """
 
+    # More than 15 attributes: the fields that callers are promised.
+
     model_config = _CONFIG
 
     id: str

@@ -324,10 +324,10 @@ COMMON: dict[str, Callable[[], Any]] = {
 def own_ids() -> dict[str, Any]:
     """A block of host ids for cells, claimed as the engine does, mapped into a user namespace, and used there."""
     from sandboxd.errors import Unavailable
-    from sandboxd.ids import ranges
+    from sandboxd.ids.claim import claim
 
     try:
-        block = ranges.claim()
+        block = claim()
     except Unavailable as error:
         return {
             "unavailable": error.plain(),

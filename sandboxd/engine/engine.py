@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd._util.fdwait import in_thread
 from sandboxd.engine import tally
-from sandboxd.engine.audit.sink import audit_sink
+from sandboxd.engine.audit.sink import AuditSink
 from sandboxd.engine.cells.resources import Resources
 from sandboxd.engine.fair_share import Shares
 from sandboxd.engine.policies import RESTART_SECONDS, Policies
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from sandboxd.engine.cells.active_policy import ActivePolicy
-    from sandboxd.engine.config import EngineConfig
+    from sandboxd.engine.config import AuditSettings, EngineConfig
     from sandboxd.engine.fair_share import FairShare
     from sandboxd.engine.runs.frames import LendTools
     from sandboxd.engine.runs.streams import Emit
@@ -57,7 +57,7 @@ class Engine:
         self.tally = Tally()
         self.policies = Policies(self.resources, self.live, self.tally)
         self.shares = Shares()
-        self.audit = audit_sink(config.audit)
+        self.audit = _audit_sink(config.audit)
         self.served = 0
         """Runs that came to an end of their own or by a limit: a sign of life of everything that a run needs."""
         self.reading = asyncio.Lock()
@@ -172,3 +172,12 @@ class Engine:
     def policy_error(name: str) -> PolicyError:
         """For a policy that is not there."""
         return PolicyError(f"There is no policy {name!r} here.", key="policy")
+
+
+def _audit_sink(settings: AuditSettings | None) -> AuditSink:
+    """The one that *settings* ask for; not open yet."""
+    if settings is None:
+        return AuditSink()
+    from sandboxd.engine.audit.recorder import AuditRecorder  # not on the way of engines that record nothing
+
+    return AuditRecorder(settings)

@@ -302,10 +302,8 @@ def mapping_helpers() -> tuple[str | None, str | None]:
 _HELPERS = "/usr/bin:/bin:/usr/sbin:/sbin:/usr/local/bin:/run/wrappers/bin"
 
 
-def claim(
-    config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPath = LOCK_FILE, slots: int = MAX_SLOTS
-) -> IdBlock:
-    """Claim a block of host ids that no other engine of this host holds, for *slots* cells or more.
+def claim(config: str | None = None, *, etc: StrPath = "/etc", lock_file: StrPath = LOCK_FILE) -> IdBlock:
+    """Claim a block of host ids that no other engine of this host holds, for any number of cells.
 
     The claim is an open-file-description write lock on the block's own byte range of *lock_file*, one byte per id:
     blocks of different size conflict exactly when they overlap, and the kernel drops the lock with the last descriptor
@@ -313,14 +311,10 @@ def claim(
     the next engine would lock another one. Engines that do not see the same /run (other containers) do not see each
     other's claims; their own id maps or *config* keep them apart.
 
-    Runs in the user namespace in which the engine lives; for other users than root see ``userids``. Raises Unavailable
+    Runs in the user namespace in which the engine lives, as root; ``rootless`` is for other users. Raises Unavailable
     (stage ``ids``): EUSERS when every block is taken, ERANGE when this user namespace maps none of them or others own
     them all, EINVAL for a *config* that names no range, otherwise the errno of the lock file.
     """
-    if os.geteuid() != 0:
-        from sandboxd.ids import rootless
-
-        return rootless.claim(config, etc, slots=slots)
     blocks, origin = _candidates(config, etc)
     first = next(blocks, None)
     if first is None:

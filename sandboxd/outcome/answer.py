@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sandboxd.cgroup import Counters
-    from sandboxd.engine.cells.workspace import Collected
+    from sandboxd.outcome.collected import Collected
     from sandboxd.outcome.collector import Collector
     from sandboxd.outcome.judge import Evidence
 

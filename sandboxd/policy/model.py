@@ -67,6 +67,8 @@ class Limits(BaseModel):
     PolicyError for a value or a name that is not allowed.
     """
 
+    # More than 15 attributes: one for each limit.
+
     model_config = _CONFIG
 
     wall_seconds: Annotated[float | Literal["unlimited"] | None, PlainValidator(_asked_limit)] = None
@@ -104,6 +106,8 @@ class PolicyLimits(BaseModel):
     """[limits]: every limit of a policy, resolved; None is "unlimited", or "half" for shm_bytes. Ranges:
     ``sandboxd.limits``.
     """
+
+    # More than 15 attributes: one for each limit.
 
     model_config = _CONFIG
 

@@ -113,7 +113,9 @@ class Dispatcher(Closing):
         self._buckets = {tool.name: Bucket(tool.rate) for tool in self.tools.values() if tool.rate is not None}
         self._threads = Threads(max_abandoned)
         self._coroutines = Coroutines()
-        self._code = RunCode(self)
+        self._code = RunCode(
+            sandbox, self.tools.values(), self.budget, review, self._threads, self._coroutines, self._call_from_code
+        )
         self._known: dict[str, Tool] = {**self.tools, RUN_CODE: self._code.tool}
         self._log, self._owns_log = recording.opened(audit)
         self._closed = False

@@ -78,7 +78,7 @@ from sandboxd import Sandbox
 before, started = own(), time.monotonic()
 with Sandbox() as sandbox:
     result = sandbox.run("print(6 * 7)")
-    answer = {{"before": before, "after": own(), "engine": own(sandbox._engine.pid), "stdout": result.stdout}}
+    answer = {{"before": before, "after": own(), "engine": own(sandbox._handle.engine.pid), "stdout": result.stdout}}
     answer["seconds"] = time.monotonic() - started
     answer["cgroup"] = result.isolation.cgroup.model_dump()
     answer["missing"] = result.isolation.missing

@@ -516,7 +516,7 @@ time.sleep(0.1)
 start = LeasedCell.start
 def start_and_say(self, *given):
     start(self, *given)
-    os.write(1, b"%d\\n" % sandbox._engine.pid)
+    os.write(1, b"%d\\n" % sandbox._handle.engine.pid)
     if sys.argv[2] == "at-once":
         os.kill(os.getpid(), 9)
 LeasedCell.start = start_and_say

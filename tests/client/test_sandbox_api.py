@@ -548,7 +548,7 @@ def test_an_engine_ends_with_its_caller_even_if_a_child_lives_on() -> None:
     if (child := os.fork()) == 0:
         os.closerange(0, 3)
         signal.pause()
-    print(sandbox._engine.pid, child, flush=True)
+    print(sandbox._handle.engine.pid, child, flush=True)
     os._exit(0)
     """
     before = snapshot()
@@ -685,7 +685,9 @@ CALLER = """
 import sys
 from sandboxd import Limits, Sandbox
 sandbox = Sandbox()
-sandbox.run(sys.argv[1], on_stdout=lambda text: print(sandbox._engine.pid, flush=True), limits=Limits(wall_seconds=29))
+def say(_text):
+    print(sandbox._handle.engine.pid, flush=True)
+sandbox.run(sys.argv[1], on_stdout=say, limits=Limits(wall_seconds=29))
 """
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 
 from sandboxd import Limits, Result, Sandbox, daemon
-from sandboxd.client.sandbox import parse_address
+from sandboxd.client.connections import parse_address
 from sandboxd.daemon.config import group_id
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, Unavailable
 from sandboxd.protocol import packets

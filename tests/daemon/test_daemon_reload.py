@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd import Limits
-from sandboxd.client import sandbox as client
+from sandboxd.client import admin
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, SandboxError, Unavailable
 from tests.support import daemons, leftovers
 from tests.support.daemons import SLEEP, Raw, as_user
@@ -108,7 +108,7 @@ def test_changed_policy_has_new_zygotes_and_no_run_is_lost(home: Path, served: S
         load = Load(brief)
         load.goes_on()
         (home / "policies" / "brief.toml").write_text('name = "brief"\n[limits]\nwall_seconds = 9.0\npids = 9\n')
-        assert client.reload(served.address) == ["policy brief: changed"]
+        assert admin.reload(served.address) == ["policy brief: changed"]
         now = zygotes(served)
         assert len(now - before) == 1
         load.goes_on()
@@ -132,7 +132,7 @@ def test_queued_run_of_a_policy_that_changes_is_served(home: Path, served: Serve
         queued = pool.submit(brief.run, "print('late')")
         leftovers.eventually(lambda: len(served.runs()) == 3, 10, "the third waits")
         (home / "policies" / "brief.toml").write_text('name = "brief"\n[limits]\nwall_seconds = 8.0\n')
-        client.reload(served.address)
+        admin.reload(served.address)
         assert len(served.runs()) == 3
         assert queued.result(20).stdout == "late\n"
         assert [one.result(20).status for one in running] == ["ok", "ok"]
@@ -158,7 +158,7 @@ def test_wrong_file_changes_nothing_and_is_named(home: Path, served: Served, fil
             (home / "policies" / "brief.toml").write_text(BRIEF.replace("10.0", "3.0"))
         (home / file).write_text(text)
         with pytest.raises(SandboxError) as caught:
-            client.reload(served.address)
+            admin.reload(served.address)
         assert names in str(caught.value)
         assert "not reloaded, everything is as before" in served.said()
         assert brief.run("pass", limits=client_limits(10.0)).status == "ok"
@@ -170,7 +170,7 @@ def test_mistakes_are_all_named_at_once(home: Path, served: Served) -> None:
     for name in ("one", "two"):
         (home / "policies" / f"{name}.toml").write_text("pids = 3\n")
     with pytest.raises(PolicyError) as caught:
-        client.reload(served.address)
+        admin.reload(served.address)
     assert "one.toml:1" in str(caught.value)
     assert "two.toml:1" in str(caught.value)
 
@@ -179,7 +179,7 @@ def test_removed_policy_ends_with_its_last_run(home: Path, served: Served) -> No
     with served.sandbox(policy="brief") as brief, ThreadPoolExecutor(1) as pool:
         long = begun(brief, pool, TOLD.format(1.5))
         (home / "policies" / "brief.toml").unlink()
-        assert client.reload(served.address) == ["policy brief: removed"]
+        assert admin.reload(served.address) == ["policy brief: removed"]
         with pytest.raises(PolicyError, match="no policy named 'brief'"):
             brief.run("pass")
         assert long.result(20).stdout == "up\nend\n"
@@ -190,7 +190,7 @@ def test_policies_that_come_and_another_default(home: Path, served: Served) -> N
     (home / "policies" / "later.toml").write_text('name = "later"\n[limits]\nwall_seconds = 4.0\n')
     config = (home / "sandboxd.toml").read_text()
     (home / "sandboxd.toml").write_text(f'default_policy = "later"\nmax_queued = 7\n{config}')
-    assert client.reload(served.address) == ["the default policy is later now"]
+    assert admin.reload(served.address) == ["the default policy is later now"]
     with served.sandbox() as sandbox, pytest.raises(PolicyError, match="wider than the 4"):
         sandbox.run("pass", limits=client_limits(5.0))
 
@@ -198,10 +198,10 @@ def test_policies_that_come_and_another_default(home: Path, served: Served) -> N
 def test_what_needs_a_restart_is_said(home: Path, served: Served) -> None:
     config = (home / "sandboxd.toml").read_text()
     (home / "sandboxd.toml").write_text(config.replace("max_running = 2", "max_running = 3"))
-    assert client.reload(served.address) == ["from the next restart on: max_running"]
-    assert client.reload(served.address) == ["from the next restart on: max_running"]
+    assert admin.reload(served.address) == ["from the next restart on: max_running"]
+    assert admin.reload(served.address) == ["from the next restart on: max_running"]
     (home / "sandboxd.toml").write_text(config)
-    assert client.reload(served.address) == []
+    assert admin.reload(served.address) == []
 
 
 def test_sighup_reloads_and_many_are_one(home: Path, served: Served) -> None:
@@ -224,7 +224,7 @@ def test_only_the_operator_may_ask_for_it(served: Served) -> None:
 
     def ask() -> tuple[str, int | None]:
         try:
-            client.reload(served.address)
+            admin.reload(served.address)
         except Unavailable as error:
             return error.stage, error.errno
         return "", None

@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sandboxd._util import disposal
+from sandboxd.client.connections import greet
 from sandboxd.engine.clients import connection
 from sandboxd.engine.clients.connection import Connection
 from sandboxd.engine.fair_share import FairShare, Shares
@@ -826,7 +827,6 @@ def test_the_clients_side_is_as_strict() -> None:
     """A false daemon: what it sends is no Result, and nothing of it is believed."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, ThreadPoolExecutor(1) as pool:
-        from sandboxd.client.sandbox import Sandbox
 
         def lie() -> None:
             with Raw(theirs, greet=False) as raw:
@@ -834,12 +834,12 @@ def test_the_clients_side_is_as_strict() -> None:
                 raw.send({"op": "hello"})
 
         done = pool.submit(lie)
-        Sandbox._greeted(ours)
+        greet(ours)
         done.result(5)
         with pytest.raises(ConnectionLost):
-            Sandbox._greeted(ours)
+            greet(ours)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         protocol.send(theirs, {"op": "welcome"})
         with pytest.raises(ProtocolError):
-            Sandbox._greeted(ours)
+            greet(ours)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sandboxd import Sandbox
-from sandboxd.client import sandbox as client
+from sandboxd.client import admin
 from sandboxd.errors import Busy, ConnectionLost, SandboxError, Unavailable
 from tests import attacks
 from tests.attacks.bait import bait
@@ -345,7 +345,7 @@ def test_stop_leaves_nothing_in_the_slice() -> None:
     assert show("Result") == "success"
     assert list(Path("/sys/fs/cgroup/system.slice").glob("**/sandboxd.[0-9]*")) == []
     with pytest.raises(Unavailable):
-        client.ps(ADDRESS)
+        admin.ps(ADDRESS)
     systemctl("start", "sandboxd.socket")
     ready()
 

@@ -18,7 +18,7 @@ import pytest
 
 from sandboxd import AsyncSandbox, Limits, Policy, Sandbox
 from sandboxd.audit import log, reader
-from sandboxd.client import remote_log
+from sandboxd.client import admin
 from sandboxd.engine.audit.recorder import AuditRecorder
 from sandboxd.engine.config import AuditSettings
 from sandboxd.errors import Busy, ConnectionLost, PolicyError, ProtocolError, SandboxError, Unavailable
@@ -443,7 +443,7 @@ def test_a_run_whose_caller_leaves_while_it_is_written_has_both_records_or_none(
 
 
 def seen(address: str, run: str | None = None) -> list[dict[str, Any]]:
-    with remote_log.pages(address, run) as fetch:
+    with admin.pages(address, run) as fetch:
         return [json.loads(line) for line in reader.follow(fetch, None)]
 
 

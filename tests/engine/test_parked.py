@@ -23,7 +23,7 @@ from tests.attacks.base import outcome, program
 from tests.engine.test_crash import all_gone, named
 from tests.engine.test_leaks import opened
 from tests.support import daemons, leftovers
-from tests.support.engine import pid_of
+from tests.support.engine import lease_slots, pid_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -76,11 +76,7 @@ def settled(engine: int, count: int = CELLS) -> list[leftovers.Process]:
 
 def is_lent(sandbox: Sandbox) -> bool:
     """Whether this process holds a cell: its lease was noted, or can be read."""
-    for sock in sandbox._idle:
-        offers = sandbox._offers.get(sock)
-        if offers is not None and (offers.lease is not None or select.select([sock], [], [], 0)[0]):
-            return True
-    return False
+    return any(slot.lease is not None or select.select([sock], [], [], 0)[0] for sock, slot in lease_slots(sandbox))
 
 
 def went_directly(result: Result) -> bool:

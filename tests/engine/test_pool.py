@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from sandboxd import PolicyError, ProtocolError, Result, Sandbox
 from sandboxd.cgroup.reading import Counters, Reading, Role, Row
 from sandboxd.engine.cells.shape import BUILT_IN, same_spec
-from sandboxd.engine.cells.workspace import Collected
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.config import PoolSettings
 from sandboxd.limits import defaults
 from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
+from sandboxd.outcome.collected import Collected
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Evidence, Finished
 from sandboxd.protocol import packets
@@ -33,6 +33,7 @@ from tests.engine.test_crash import all_gone, named
 from tests.engine.test_parked import FIXED, engine_of, settled
 from tests.support import daemons, leftovers
 from tests.support.engine import connect as connect_to_engine
+from tests.support.engine import lease_slots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -522,7 +523,7 @@ def test_a_client_of_a_false_daemon_takes_no_cell_from_it() -> None:
         with Sandbox.connect(f"unix:{home}/socket") as client:
             with pytest.raises(ProtocolError):
                 client.run("1")
-            assert not client._offers
+            assert not lease_slots(client)
         done.result(10)
     leftovers.eventually(lambda: leftovers.fds() == before, 5, "what came is closed")
 

@@ -1041,7 +1041,7 @@ def hang(body, run):
             threading.Event().wait(60)
     threading.Event().wait(60)
 sandbox = Sandbox()
-print(sandbox._engine.pid, flush=True)
+print(sandbox._handle.engine.pid, flush=True)
 sandbox._run_with_tools("tools.echo(1)", RunTools(MODULE, 10, hang))
 """
 
@@ -1130,7 +1130,7 @@ def test_tools_through_a_daemon(served: daemons.Served) -> None:
 
 
 def test_client_that_dies_in_a_call_leaves_the_daemon_idle(served: daemons.Served, tmp_path: Path) -> None:
-    host = HOST.replace("Sandbox()", f"Sandbox.connect({served.address!r})").replace("sandbox._engine.pid", "1")
+    host = HOST.replace("Sandbox()", f"Sandbox.connect({served.address!r})").replace("sandbox._handle.engine.pid", "1")
     root = str(Path(__file__).resolve().parents[2])
     for how in ("waiting", "frozen"):
         with subprocess.Popen([sys.executable, "-c", host, root, how], stdout=subprocess.PIPE, text=True) as client:

@@ -13,6 +13,7 @@ import pytest
 from sandboxd.engine.cells import workspace
 from sandboxd.engine.cells.files import CellFiles, HostRoot
 from sandboxd.errors import InvalidRequest
+from sandboxd.outcome.collected import Collected, Known, is_untouched
 from sandboxd.protocol import run_header
 from tests.support.leftovers import eventually
 
@@ -44,14 +45,14 @@ def fd(place: Path) -> Iterator[int]:
     os.close(number)
 
 
-def put(fd: int, **files: bytes) -> workspace.Known:
+def put(fd: int, **files: bytes) -> Known:
     """Input files; "__" in a name stands for a slash."""
     return workspace.put_files(
         HANDS, fd, [(name.replace("__", "/"), memoryview(data)) for name, data in files.items()], UID
     )
 
 
-def taken(fd: int, known: workspace.Known | None = None, most: int = 1 << 30) -> tuple[dict[str, bytes], int]:
+def taken(fd: int, known: Known | None = None, most: int = 1 << 30) -> tuple[dict[str, bytes], int]:
     """What is collected, by path, and how many were skipped."""
     collected = workspace.collect(HANDS, fd, known or {}, most)
     try:
@@ -199,7 +200,7 @@ def test_a_file_that_another_took_the_place_of_is_not_followed(
     (place / "f").write_bytes(b"x")
     walk = workspace._walk
 
-    def switch(by: CellFiles, directory: int, found: workspace.Collected) -> list[str]:
+    def switch(by: CellFiles, directory: int, found: Collected) -> list[str]:
         wanted = walk(by, directory, found)
         (place / "f").unlink()
         (place / "f").symlink_to(secret)
@@ -242,15 +243,15 @@ def test_untouched(tmp_path: Path) -> None:
     shm.mkdir()
     fd = os.open(shm, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        assert workspace.is_untouched(fd, {})
-        assert not workspace.is_untouched(fd, {"f": (1, 1)})
+        assert is_untouched(fd, {})
+        assert not is_untouched(fd, {"f": (1, 1)})
         (shm / "f").write_bytes(b"")
-        assert not workspace.is_untouched(fd, {})
+        assert not is_untouched(fd, {})
         (shm / "f").unlink()
         (shm / "d").mkdir()
-        assert not workspace.is_untouched(fd, {})
+        assert not is_untouched(fd, {})
         (shm / "d").rmdir()
-        assert workspace.is_untouched(fd, {})
+        assert is_untouched(fd, {})
     finally:
         os.close(fd)
         shm.rmdir()

@@ -239,7 +239,7 @@ def test_nothing_of_a_killed_engine_lives_on_and_the_next_one_starts() -> None:
         assert result.isolation is not None
         base = result.isolation.uid - int(result.stdout)
         assert "broker" in processes_of(base, base + ranges.MIN_BLOCK)
-        os.kill(engine._engine.pid, signal.SIGKILL)  # type: ignore[union-attr]
+        os.kill(engine._handle.engine.pid, signal.SIGKILL)  # type: ignore[union-attr]
         eventually(lambda: not processes_of(base, base + ranges.MIN_BLOCK), 10, "processes of a dead engine are there")
     finally:
         engine.close()

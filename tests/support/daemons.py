@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast
 import sandboxd.client.exchange
 import sandboxd.client.result  # noqa: F401
 from sandboxd import Sandbox
-from sandboxd.client.sandbox import ps
+from sandboxd.client.admin import ps
 from sandboxd.protocol import packets
 from tests.support import leftovers
 

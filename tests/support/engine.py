@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import socket
 
     from sandboxd import Sandbox
+    from sandboxd.client.leased import LeaseSlot
     from sandboxd.engine.cells.active_policy import ActivePolicy
     from sandboxd.engine.cells.cell import Cell
     from sandboxd.engine.cells.zygote import Zygote
@@ -26,14 +27,20 @@ TREE: Final = Path(__file__).resolve().parents[2]
 
 def pid_of(sandbox: Sandbox) -> int:
     """The pid of its engine."""
-    assert sandbox._engine is not None
-    return sandbox._engine.pid
+    assert sandbox._handle.engine is not None
+    return sandbox._handle.engine.pid
 
 
 def connect(sandbox: Sandbox) -> socket.socket:
     """A connection to its engine that the Sandbox knows nothing of."""
-    assert sandbox._engine is not None
-    return sandbox._engine.connect()
+    assert sandbox._handle.engine is not None
+    return sandbox._handle.engine.connect()
+
+
+def lease_slots(sandbox: Sandbox) -> list[tuple[socket.socket, LeaseSlot]]:
+    """Its idle connections over which cells are lent to this process, with what was lent."""
+    idle = sandbox._handle.connections._idle
+    return [(one.sock, one.slot) for one in idle if one.slot is not None]
 
 
 # Inside an engine of this process

@@ -306,8 +306,8 @@ def _work(sock: socket.socket) -> None:
                     sandbox.close()
                     sandbox = None
                 sandbox = Sandbox(**command["options"])
-                assert sandbox._engine is not None
-                answer = {"engine": sandbox._engine.pid}
+                assert sandbox._handle.engine is not None
+                answer = {"engine": sandbox._handle.engine.pid}
             elif command["op"] == "run":
                 assert sandbox is not None
                 options = command["options"]

@@ -386,7 +386,7 @@ def wait() -> int:
     threading.Event().wait(60)
     return 1
 sandbox = Sandbox()
-print(sandbox._engine.pid, flush=True)
+print(sandbox._handle.engine.pid, flush=True)
 Dispatcher([wait], sandbox=sandbox).call("run_code", {"code": "tools.wait()"})
 """
 

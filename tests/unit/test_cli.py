@@ -20,11 +20,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-import sandboxd.client
 from sandboxd.cli import cli, failure_status, output
 from sandboxd.cli.exit_status import exit_status, reason
 from sandboxd.cli.files import BadInput, plan_inputs, split_input
 from sandboxd.cli.run import failure
+from sandboxd.client import admin
 from sandboxd.client.result import OutputFile, _Contents
 from sandboxd.client.sandbox import Cancel
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
@@ -289,10 +289,10 @@ def stand(monkeypatch: pytest.MonkeyPatch) -> Stand:
     module = types.ModuleType("sandboxd.client.sandbox")
     module.Cancel = Cancel  # type: ignore[attr-defined]
     module.Sandbox = Sandbox  # type: ignore[attr-defined]
-    module.ps = lambda address: [{"id": "r\x1b1", "policy": "default", "uid": 0, "pid": 1 << 29, "age_seconds": 1.25}]  # type: ignore[attr-defined]
-    module.stats = lambda address: STATS  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sandboxd.client.sandbox", module)
-    monkeypatch.setattr(sandboxd.client, "sandbox", module, raising=False)
+    row = {"id": "r\x1b1", "policy": "default", "uid": 0, "pid": 1 << 29, "age_seconds": 1.25}
+    monkeypatch.setattr(admin, "ps", lambda address: [row])
+    monkeypatch.setattr(admin, "stats", lambda address: STATS)
     return stand
 
 
@@ -581,7 +581,7 @@ def test_denied_names_the_policy_to_show(stand: Stand) -> None:
 def test_a_socket_that_may_not_be_opened_says_so() -> None:
     # Nobody but root may look below /proc/1/root.
     code = (
-        "import os; from sandboxd.client.sandbox import open_daemon\n"
+        "import os; from sandboxd.client.connections import open_daemon\n"
         "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: open_daemon('/proc/1/root/x.sock')\n"
         "except Exception as error: print(error)"
@@ -634,7 +634,7 @@ def test_stats_prints_a_table_and_the_held_time(stand: Stand) -> None:
 def test_stats_of_who_is_not_the_operator_has_no_held_time(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = ("uptime_seconds", "runs", "queued", "running")
     own = {key: STATS[key] for key in keys} | {"policies": {}}
-    monkeypatch.setattr(sys.modules["sandboxd.client.sandbox"], "stats", lambda address: own)
+    monkeypatch.setattr(admin, "stats", lambda address: own)
     done = CliRunner().invoke(cli, ["stats"])
     assert done.exit_code == 0, done.output
     assert "PARKED" not in done.output

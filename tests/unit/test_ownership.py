@@ -13,7 +13,7 @@ import pytest
 
 from sandboxd import Limits, Sandbox
 from sandboxd._util import ownership
-from sandboxd.client import sandbox as client
+from sandboxd.client import admin
 from sandboxd.daemon import load_config
 from sandboxd.daemon.policy_cache import plain_policy
 from sandboxd.errors import PolicyError, SandboxError
@@ -265,11 +265,11 @@ def test_reload_refuses_what_others_could_change_and_the_old_stays(home: Path, w
         mode = (home / which).stat().st_mode
         (home / which).chmod(0o777)
         with pytest.raises(SandboxError, match=f"Fix: chmod go-w {home / which}"):
-            client.reload(served.address)
+            admin.reload(served.address)
         assert "not reloaded, everything is as before" in served.said()
         assert brief.run("print(2)", limits=Limits(wall_seconds=10.0)).stdout == "2\n"
         (home / which).chmod(mode)
-        assert client.reload(served.address) == ["policy brief: changed"]
+        assert admin.reload(served.address) == ["policy brief: changed"]
         with pytest.raises(PolicyError, match="wall_seconds"):
             brief.run("print(3)", limits=Limits(wall_seconds=10.0))
 

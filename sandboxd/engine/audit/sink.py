@@ -1,4 +1,4 @@
-"""Where an engine's runs are told to: nobody, by default; ``recording``, imported when asked for, writes them down."""
+"""Where an engine's runs are told to: nobody, by default; ``recorder`` writes them down."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ if TYPE_CHECKING:
 
     from sandboxd.engine.audit.tool_calls import CallRecords
     from sandboxd.engine.cells.active_policy import ActivePolicy
-    from sandboxd.engine.config import AuditSettings
     from sandboxd.limits import LimitValue
     from sandboxd.outcome.answer import RunAnswer
     from sandboxd.protocol.run_header import Run
 
-__all__ = ["AuditSink", "audit_sink"]
+__all__ = ["AuditSink"]
 
 
 class AuditSink:
@@ -55,15 +54,6 @@ class AuditSink:
         """The program of run *identity* called a tool; *record* holds tool, caller, arguments and result, and becomes
         this one's.
         """
-
-
-def audit_sink(settings: AuditSettings | None) -> AuditSink:
-    """The one that *settings* ask for; not open yet."""
-    if settings is None:
-        return AuditSink()
-    from sandboxd.engine.audit.recorder import AuditRecorder
-
-    return AuditRecorder(settings)
 
 
 def _nothing(_answer: RunAnswer) -> None:

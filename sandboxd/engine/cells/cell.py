@@ -114,6 +114,8 @@ class RunEvents(Protocol):
 class Cell:
     """Made by ``make``; then its keeper's until ``attach``, then its run's until ``let_go``."""
 
+    # More than 15 attributes: one object on the request path holds what the kernel gave, the state, and who is told.
+
     __slots__ = (
         "_events",
         "_loop",

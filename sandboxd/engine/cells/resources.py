@@ -18,10 +18,11 @@ from sandboxd.engine.cells.slots import Slots
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.held_time import HeldTime
 from sandboxd.errors import Unavailable
-from sandboxd.ids import ranges
+from sandboxd.ids.claim import claim
 
 if TYPE_CHECKING:
     from sandboxd.engine.config import EngineConfig
+    from sandboxd.ids import ranges
 
 __all__ = ["SPARE_DESCRIPTORS", "Resources"]
 
@@ -77,7 +78,7 @@ class Resources:
                 self.instance = undo.enter_context(cgroup.NoInstance(refusal))
             # Beside those that run: parked ones, and those that are dying.
             wanted = running + max(SPARE_SLOTS, running + 2 * self.config.pool.maximum)
-            self.ids = undo.enter_context(ranges.claim(self.config.ids, slots=wanted))
+            self.ids = undo.enter_context(claim(self.config.ids, slots=wanted))
             self.slot_ids = self.ids.slots(wanted)
             if running > self.slot_ids.capacity:
                 raise Unavailable(

@@ -12,11 +12,10 @@ import errno
 import os
 import stat
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from sandboxd._util import disposal
 from sandboxd.errors import InvalidRequest
+from sandboxd.outcome.collected import Collected, Known
 from sandboxd.outcome.judge import Space
 from sandboxd.protocol.run_header import DEPTH, check_guest_path
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.cells.files import CellFiles
     from sandboxd.engine.cells.messages import CellFds
 
-__all__ = ["Collected", "Known", "collect", "is_untouched", "make_source", "put_files", "settled", "spaces"]
+__all__ = ["collect", "make_source", "put_files", "settled", "spaces"]
 
 ENTRIES: Final = 100_000
 NAMES_BYTES: Final = 4 << 20
@@ -34,30 +33,6 @@ _COPY: Final = 8 << 20
 _REALTIME_COARSE: Final = 5  # CLOCK_REALTIME_COARSE, clock_gettime(2): the time of the last tick
 _LARGE_BYTES: Final = 4 << 20
 _LARGE_FILES: Final = 256
-_EMPTY_BYTES: Final = 2 * 20
-
-Known = dict[str, tuple[int, int]]
-"""Inode and ctime in ns of each input file. A program can set mtime, but not ctime."""
-
-
-@dataclass(slots=True)
-class Collected:
-    """The files of a run: path, size and offset of each in the memfd *fd* (-1: there are none), sorted by path."""
-
-    files: list[tuple[str, int, int]] = field(default_factory=list)
-    skipped: int = 0
-    fd: int = -1
-
-    def take(self) -> int:
-        """The memfd, now the caller's."""
-        fd, self.fd = self.fd, -1
-        return fd
-
-    def close(self) -> None:
-        """Close what nobody took."""
-        fd = self.take()
-        if fd >= 0:
-            disposal.close(fd, Collected)
 
 
 def make_source(by: CellFiles, directory: int, name: str, owner: int) -> int:
@@ -118,16 +93,6 @@ def is_large(fds: CellFds) -> bool:
             size += (facts.f_blocks - facts.f_bfree) * facts.f_frsize
             files += facts.f_files - facts.f_ffree
     return size > _LARGE_BYTES or files > _LARGE_FILES
-
-
-def is_untouched(workspace: int, known: Known) -> bool:
-    """Whether nothing was put there and the program made nothing: no file to look for. Only the root's link count and
-    size are asked, which tmpfs keeps: 2 links, and 20 bytes for each name, "." and ".." included (mm/shmem.c).
-    """
-    if known:
-        return False
-    root = os.fstat(workspace)
-    return root.st_nlink == 2 and root.st_size == _EMPTY_BYTES
 
 
 def collect(by: CellFiles, workspace: int, known: Known, most_bytes: int) -> Collected:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sandboxd.cgroup import Instance
+    from sandboxd.engine.cells.files import CellFiles
     from sandboxd.engine.cells.messages import CellFds, CellPlan, Entry, Event
     from sandboxd.engine.cells.zygote_spawn import Spawned, ZygoteSpec
     from sandboxd.ids.ranges import IdBlock
@@ -167,15 +168,13 @@ class Zygote:
     """One nursery with one zygote, made by ``spawn``. ``activate`` once; ``close`` ends every process of it."""
 
     def __init__(self, spec: ZygoteSpec, spawned: Spawned) -> None:
-        self.python = spec.python
-        self.files = spawned.files
         self.facts = Facts()
         self.lost = False
         self.made = 0
         self.born = time.monotonic()
         self.warm_at: float | None = None
         """Since when its cells know what the warm-up touches."""
-        self._operations = spec.operations
+        self._spec = spec
         self._ends = spawned
         self._why: list[str] = []
         self._asked: dict[int, _Asked] = {}
@@ -199,6 +198,11 @@ class Zygote:
         told by ``activate``.
         """
         return cls(spec, spawn(spec, ids, cgroup))
+
+    @property
+    def files(self) -> CellFiles:
+        """Who opens and makes files of its cells."""
+        return self._ends.files
 
     @property
     def pid(self) -> int:
@@ -228,11 +232,11 @@ class Zygote:
             fix = "look at [runtime] preload and warmup: they did not end"
             raise Unavailable("zygote", f"no zygote after {READY_SECONDS:.0f} s", fix=fix) from None
         except (ZygoteLost, OSError) as error:
-            fix = f"start {self.python.executable} by hand; the rootfs shows it only its own prefix and /usr"
+            fix = f"start {self._spec.python.executable} by hand; the rootfs shows it only its own prefix and /usr"
             what = f"the interpreter ended before it was ready: {self.last_words()}"
             raise Unavailable("zygote", what, errno=getattr(error, "errno", None), fix=fix) from None
         if not answer.get("ok"):
-            raise not_preloaded(answer, self.python, config.policy)
+            raise not_preloaded(answer, self._spec.python, config.policy)
         if answer["open_fds"]:
             log.warning(
                 "preloaded libraries keep descriptors open, which no cell inherits: %s", ", ".join(answer["open_fds"])
@@ -266,7 +270,7 @@ class Zygote:
             raise Unavailable("zygote", f"the root was not built within {SPAWN_SECONDS:.0f} s", fix=fix) from None
         finally:
             os.close(report)
-        self.facts.unmet = Report(said, self._operations).unmet
+        self.facts.unmet = Report(said, self._spec.operations).unmet
 
     # Cells
 

@@ -33,9 +33,9 @@ from sandboxd.protocol import packets
 from sandboxd.protocol.run_header import Run, parse_header
 
 if TYPE_CHECKING:
-    from sandboxd.engine.cells.workspace import Collected
     from sandboxd.engine.engine import Engine
     from sandboxd.engine.runs.run import CellRun
+    from sandboxd.outcome.collected import Collected
     from sandboxd.protocol.packets import Packet
 
 __all__ = ["Connection"]

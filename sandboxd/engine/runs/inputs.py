@@ -16,6 +16,7 @@ from sandboxd.engine.cells import workspace
 if TYPE_CHECKING:
     from sandboxd.engine.cells.cell import Cell
     from sandboxd.engine.fair_share import FairShare
+    from sandboxd.outcome.collected import Known
     from sandboxd.protocol.run_header import Run
 
 __all__ = ["Inputs"]
@@ -38,7 +39,7 @@ class Inputs:
 
     def __init__(self, identity: str, request: Run, share: FairShare) -> None:
         """*share* is the client's part of the engine's time."""
-        self.known: workspace.Known = {}
+        self.known: Known = {}
         """The files that were written, as they were then."""
         self._identity = identity
         self._request: Run | None = request
@@ -143,7 +144,7 @@ class Inputs:
         self._stop_message(cell)
 
 
-def _write(cell: Cell, request: Run, owner: int) -> tuple[workspace.Known, float]:
+def _write(cell: Cell, request: Run, owner: int) -> tuple[Known, float]:
     """Write *request*'s source and files into *cell*, as *owner*; the seconds of CPU time that it took."""
     begun = time.thread_time()
     assert cell.fds is not None  # noqa: S101

@@ -31,6 +31,7 @@ from sandboxd.engine.runs.output import Output
 from sandboxd.engine.runs.run_clock import RunClock
 from sandboxd.errors import Unavailable
 from sandboxd.outcome.answer import RunAnswer, answer
+from sandboxd.outcome.collected import Collected, is_untouched
 from sandboxd.outcome.judge import Cause, Evidence, Space
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.runs.meter import Mode
     from sandboxd.engine.runs.streams import Emit
     from sandboxd.limits import LimitValue
+    from sandboxd.outcome.collected import Known
     from sandboxd.protocol.run_header import Run
 
 __all__ = ["CellRun"]
@@ -179,7 +181,7 @@ class CellRun:
             except ZygoteLost as error:
                 log.warning("run %s: zygote lost: %s", self.id, error)
                 self._cause = "lost"
-                return self._tell(queued_seconds, 0.0, 0.0, None, workspace.Collected(), False)
+                return self._tell(queued_seconds, 0.0, 0.0, None, Collected(), False)
         self.cell = cell
         share = share or FairShare(free=True)
         tools = request.tools
@@ -235,7 +237,7 @@ class CellRun:
         self._stop_tools(now)
         self._look(cell)
         if self._failure is None and self._is_clean(cell):
-            return self._tell(queued_seconds, setup, run, cell.leaf.counters(), workspace.Collected(), warm)
+            return self._tell(queued_seconds, setup, run, cell.leaf.counters(), Collected(), warm)
         return await self._after_death(cell, queued_seconds, setup, run, warm)
 
     def _is_clean(self, cell: Cell) -> bool:
@@ -245,7 +247,7 @@ class CellRun:
         assert cell.fds is not None  # noqa: S101
         try:
             # One task at most is its main thread, which said so; what it wrote before is in the pipes.
-            if cell.leaf.tasks() > 1 or not workspace.is_untouched(cell.fds.workspace, self._known):
+            if cell.leaf.tasks() > 1 or not is_untouched(cell.fds.workspace, self._known):
                 return False
             for number in (1, 2):
                 self._output.read(cell, number)
@@ -258,7 +260,7 @@ class CellRun:
         return self._inputs is not None and self._inputs.is_feeding
 
     @property
-    def _known(self) -> workspace.Known:
+    def _known(self) -> Known:
         """The files that were put into its workspace."""
         return {} if self._inputs is None else self._inputs.known
 
@@ -278,7 +280,7 @@ class CellRun:
                 await asyncio.shield(dying)
             except asyncio.CancelledError as error:  # the engine closes: first the cell, then the task
                 self._failure = self._failure or error
-        collected = workspace.Collected()
+        collected = Collected()
         counters: Counters | None = None
         started = self.clock.started
         try:
@@ -300,7 +302,7 @@ class CellRun:
             # The program may have had its effects: that is a Result, never an error that promises nothing ran.
             log.exception("run %s: its end could not be told", self.id)
             self._cause = "lost"
-            return self._tell(queued, setup, run, None, workspace.Collected(), warm)
+            return self._tell(queued, setup, run, None, Collected(), warm)
 
     async def _die(self, cell: Cell) -> None:
         """Until nothing of the cell lives and its streams are read. Never raises, never waits for ever."""
@@ -310,12 +312,12 @@ class CellRun:
         self._frames.feed_last(cell)
         await self._output.finish(cell)
 
-    async def _collect(self, workspace_fd: int) -> workspace.Collected:
-        if workspace.is_untouched(workspace_fd, self._known):
-            return workspace.Collected()
+    async def _collect(self, workspace_fd: int) -> Collected:
+        if is_untouched(workspace_fd, self._known):
+            return Collected()
         most = int(self.limits["workspace_bytes"] or UNLIMITED_BYTES)
         args = (self._active.zygote.files, workspace_fd, self._known, most)
-        return await in_thread(workspace.collect, *args, discard=workspace.Collected.close)
+        return await in_thread(workspace.collect, *args, discard=Collected.close)
 
     def _tell(
         self,
@@ -323,7 +325,7 @@ class CellRun:
         setup: float,
         run: float,
         counters: Counters | None,
-        collected: workspace.Collected,
+        collected: Collected,
         warm: bool,
     ) -> RunAnswer:
         out, err = self._output.kept

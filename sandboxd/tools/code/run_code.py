@@ -36,17 +36,19 @@ from sandboxd.tools.result import Refused
 from sandboxd.tools.schema import stubs
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
 
     from sandboxd.client.async_sandbox import AsyncSandbox
     from sandboxd.client.result import Result
     from sandboxd.client.sandbox import Sandbox
     from sandboxd.tools.code.link import ToolCall
     from sandboxd.tools.code.offer import InputFile
-    from sandboxd.tools.dispatcher import Dispatcher
+    from sandboxd.tools.code.review import Reviewer
+    from sandboxd.tools.pipeline.rates import Budget
+    from sandboxd.tools.pipeline.running import Coroutines, Threads
     from sandboxd.tools.pipeline.tool import Tool
 
-__all__ = ["RunCode", "make"]
+__all__ = ["RunCode"]
 
 PACKAGES: Final = 2000  # of which some are shown
 
@@ -65,10 +67,26 @@ print(json.dumps(sorted({found.name for found in pkgutil.iter_modules(places)}))
 class RunCode:
     """The tool of one dispatcher, and the Results of its latest runs (``kept``)."""
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
-        sandbox = dispatcher.sandbox
-        self._dispatcher = dispatcher
-        self._granted = [one for one in dispatcher.tools.values() if "code" in one.callers]
+    def __init__(
+        self,
+        sandbox: Sandbox | AsyncSandbox | None,
+        tools: Iterable[Tool],
+        budget: Budget,
+        reviewer: Reviewer | None,
+        threads: Threads,
+        coroutines: Coroutines,
+        call_from_code: Callable[..., bytes],
+    ) -> None:
+        """Programs may call those of *tools* that code is granted, through *call_from_code*, as often as *budget* says
+        for one run. *threads* and *coroutines* run what would hold up a caller's loop.
+        """
+        self._sandbox = sandbox
+        self._most_calls = min(budget.calls_per_run, CALLS_MOST)
+        self._reviewer = reviewer
+        self._threads = threads
+        self._coroutines = coroutines
+        self._call_from_code = call_from_code
+        self._granted = [one for one in tools if "code" in one.callers]
         self._module = stubs.cell_module(self._granted)
         self._longest = offer.longest_timeout(sandbox)
         self._packages: list[str] | None = None
@@ -93,11 +111,11 @@ class RunCode:
         loop: asyncio.AbstractEventLoop | None = None,
     ) -> dict[str, Any]:
         """On a Sandbox. Asynchronous tools that the program calls run on *loop*, else on one of the dispatcher's."""
-        sandbox = cast("Sandbox | None", self._dispatcher.sandbox)
+        sandbox = cast("Sandbox | None", self._sandbox)
         if sandbox is None:
             raise Refused("unavailable", "There is no sandbox here, so no code can be run.", "Use the other tools.")
         arguments = offer.run_arguments(language, timeout, files or [])
-        calls = _Calls(partial(self._dispatcher._call_from_code, loop=loop))
+        calls = _Calls(partial(self._call_from_code, loop=loop))
         try:
             if self._granted:
                 result = sandbox._run_with_tools(code, self._toolbox(calls), **arguments)
@@ -109,7 +127,7 @@ class RunCode:
             with contextlib.suppress(SandboxError, RuntimeError):  # the advice is shorter then
                 self._learn(sandbox.run(_LIST_PACKAGES, **_LISTING))
         value = self._value(result, calls, files or [])
-        hook = self._dispatcher.review
+        hook = self._reviewer
         if hook is not None and result.status == "ok":
             with _Judging(result):
                 _judge(value, review(hook, self._subject(code, result, value), partial(self._wait, loop)))
@@ -119,16 +137,16 @@ class RunCode:
     async def _run_in_thread(self, **arguments: Any) -> dict[str, Any]:
         """``_run`` for a caller's loop, which goes on meanwhile."""
         run = partial(self._run, **arguments, loop=asyncio.get_running_loop())
-        value: dict[str, Any] = await self._dispatcher._threads.run_async(run, None)
+        value: dict[str, Any] = await self._threads.run_async(run, None)
         return value
 
     async def _run_async(
         self, code: str, language: str = "python", timeout: float | None = None, files: list[InputFile] | None = None
     ) -> dict[str, Any]:
         """On an AsyncSandbox. What the program made is looked at in threads: the loop is the caller's."""
-        sandbox = cast("AsyncSandbox", self._dispatcher.sandbox)
+        sandbox = cast("AsyncSandbox", self._sandbox)
         arguments = offer.run_arguments(language, timeout, files or [])
-        calls = _Calls(partial(self._dispatcher._call_from_code, loop=asyncio.get_running_loop()))
+        calls = _Calls(partial(self._call_from_code, loop=asyncio.get_running_loop()))
         try:
             if self._granted:
                 result = await sandbox._run_with_tools(code, self._toolbox(calls), **arguments)
@@ -140,7 +158,7 @@ class RunCode:
             with contextlib.suppress(SandboxError, RuntimeError):
                 self._learn(await sandbox.run(_LIST_PACKAGES, **_LISTING))
         value = await aside(self._value, result, calls, files or [])
-        hook = self._dispatcher.review
+        hook = self._reviewer
         if hook is not None and result.status == "ok":
             with _Judging(result):
                 subject = await aside(self._subject, code, result, value)
@@ -152,14 +170,13 @@ class RunCode:
         async def wait() -> Any:
             return await verdict
 
-        return self._dispatcher._coroutines.run_elsewhere(wait, None, loop)
+        return self._coroutines.run_elsewhere(wait, None, loop)
 
     async def _in_thread(self, function: Callable[[], Any]) -> Any:
-        return await self._dispatcher._threads.run_async(function, None)
+        return await self._threads.run_async(function, None)
 
     def _toolbox(self, calls: _Calls) -> RunTools:
-        most = min(self._dispatcher.budget.calls_per_run, CALLS_MOST)
-        return RunTools(module=self._module, calls=most, call=calls)
+        return RunTools(module=self._module, calls=self._most_calls, call=calls)
 
     def _value(self, result: Result, calls: _Calls, files: Sequence[InputFile]) -> dict[str, Any]:
         names, paths = [one.name for one in self._granted], sorted(one.path for one in files)
@@ -185,11 +202,6 @@ class RunCode:
             self._packages = [
                 one for one in names[:PACKAGES] if isinstance(one, str) and one.isidentifier() and one[0] != "_"
             ]
-
-
-def make(dispatcher: Dispatcher) -> RunCode:
-    """What *dispatcher*, whose attributes are set already, needs for ``run_code``."""
-    return RunCode(dispatcher)
 
 
 class _Calls:

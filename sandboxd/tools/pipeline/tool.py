@@ -36,6 +36,8 @@ class Tool:
     (None: not said); nothing here depends on them.
     """
 
+    # More than 15 attributes: the decorator's arguments, and the two schemas that follow from the signature.
+
     def __init__(
         self,
         function: Callable[..., Any],
