@@ -8,6 +8,18 @@ class _Ffi:
     def from_buffer(self, cdecl: str, data: object) -> Any: ...
 
 class _Lib:
+    SBX_WALL_NETWORK: Final[int]
+    SBX_WALL_IPC: Final[int]
+    SBX_WALL_UTS: Final[int]
+    SBX_EVENT_MADE: Final[int]
+    SBX_EVENT_REFUSED: Final[int]
+    SBX_EVENT_DEAD: Final[int]
+    SBX_EVENT_EXITED: Final[int]
+    SBX_EVENT_WARM: Final[int]
+    SBX_KEPT_KEYRING: Final[int]
+    SBX_KEPT_USER_NAMESPACES: Final[int]
+    SBX_RLIMITS: Final[int]
+    SBX_MADE_FDS: Final[int]
     def sbx_open_beneath(self, dirfd: int, path: bytes, flags: int, mode: int, /) -> int: ...
     def sbx_pidfd_open(self, pid: int, /) -> int: ...
     def sbx_pidfd_kill(self, pidfd: int, sig: int, /) -> int: ...

@@ -63,11 +63,7 @@ drain(int fd, char *at, size_t room, size_t *got)
 static int
 is_full(int fd)
 {
-    struct {
-        int64_t type, block_bytes;
-        uint64_t blocks, blocks_free, blocks_available, files, files_free;
-        int64_t rest[8];
-    } st;
+    struct sbx_statfs st;
     long r = sbx_call(SBX_NR_fstatfs, fd, &st);
 
     return r < 0 ? (int)r : !st.blocks_available || !st.files_free;
@@ -79,12 +75,7 @@ is_full(int fd)
 int
 sbx_look_back(struct sbx_lookback *seen)
 {
-    struct {
-        uint64_t dev, ino, nlink;
-        uint32_t mode, uid, gid, pad;
-        uint64_t rdev;
-        int64_t size, rest[12];
-    } st;
+    struct sbx_stat st;
     long r;
 
     seen->out_length = seen->err_length = 0;

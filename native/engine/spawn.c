@@ -26,17 +26,12 @@ child_fail(int report_fd, enum sbx_stage stage, int error, uint32_t detail)
 static void
 default_signals(void)
 {
-    struct {
-        void *handler;
-        uint64_t flags;
-        void *restorer;
-        uint64_t mask;
-    } action = {0};
+    const struct sbx_sigaction action = {0};
     uint64_t none = 0;
 
-    for (long sig = 1; sig <= 64; sig++)
-        sbx_call(SBX_NR_rt_sigaction, sig, &action, 0, sizeof(uint64_t));
-    sbx_call(SBX_NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &none, 0, sizeof(uint64_t));
+    for (long sig = 1; sig <= SBX_SIGNALS; sig++)
+        sbx_call(SBX_NR_rt_sigaction, sig, &action, 0, SBX_SIGSET_BYTES);
+    sbx_call(SBX_NR_rt_sigprocmask, SBX_SIG_SETMASK, &none, 0, SBX_SIGSET_BYTES);
 }
 
 /* Move each descriptor to its place, lowest free numbers out of the way first, and close all that is not named. */
@@ -48,7 +43,7 @@ place_fds(const int *fds, unsigned int count)
     if (count > ARRAY_SIZE(moved))
         return -SBX_EINVAL;
     for (unsigned int i = 0; i < count; i++) {
-        moved[i] = (int)sbx_call(SBX_NR_fcntl, fds[i], 1030 /* F_DUPFD_CLOEXEC */, 64);
+        moved[i] = (int)sbx_call(SBX_NR_fcntl, fds[i], SBX_F_DUPFD_CLOEXEC, 64);
         if (moved[i] < 0)
             return moved[i];
     }
@@ -66,7 +61,7 @@ all_signals_blocked(uint64_t *old)
 {
     uint64_t all = ~0ULL;
 
-    return sbx_call(SBX_NR_rt_sigprocmask, 2, &all, old, sizeof(uint64_t));
+    return sbx_call(SBX_NR_rt_sigprocmask, SBX_SIG_SETMASK, &all, old, SBX_SIGSET_BYTES);
 }
 
 /* The engine's process up to exec. */
@@ -147,50 +142,26 @@ sbx_launch(const struct sbx_launch *plan, int *pidfd)
 
     all_signals_blocked(&old);
     pid = clone_detached(0, clone_engine, plan, pidfd);
-    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigprocmask, SBX_SIG_SETMASK, &old, 0, SBX_SIGSET_BYTES);
     return pid;
 }
 
-/* Two more things that the zygote's processes shall not have. An anonymous session keyring of their own: keyrings are
- * not namespaced, and the caller's would be inherited (session-keyring(7); ENOSYS: a kernel without keys; EPERM: a filter
- * around the engine refuses keyrings to everything below, cells included). And user
- * namespaces below this one: the limit is this namespace's own (namespaces(7)), it is asked even where a filter is not,
- * and a container's read-only /proc/sys is the one reason why it may stay as it is. */
-static int
-keyring_drop(int allow_user_namespaces, uint32_t *kept)
-{
-    long r = sbx_call(SBX_NR_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, 0);
-    int fd;
-
-    *kept = 0;
-
-    if (r == -SBX_EPERM)
-        *kept |= SBX_KEPT_KEYRING;
-    if (r == -SBX_ENOSYS || r == -SBX_EPERM)
-        r = 0;
-    if (r < 0 || allow_user_namespaces)
-        return r < 0 ? (int)r : 0;
-    fd = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/sys/user/max_user_namespaces",
-                       SBX_O_WRONLY | SBX_O_CLOEXEC, 0);
-    if (fd == -SBX_EROFS || fd == -SBX_EACCES || fd == -SBX_ENOENT) {
-        *kept |= SBX_KEPT_USER_NAMESPACES;
-        return 0;
-    }
-    if (fd < 0)
-        return fd;
-    r = sbx_write_all(fd, "0", 1);
-    sbx_close(fd);
-    return (int)r;
-}
+/* The life of the zygote's first process up to exec, in its new namespaces. */
+struct zygote_start {
+    const struct sbx_zygote_plan *plan;
+    int trees[SBX_TREES], root, report_fd;
+    uint32_t detail, kept;
+};
 
 /* What a caller may have of its own and a cell must not inherit: a realtime policy, which no cpu.max bounds; a negative
  * nice value; an I/O class; a personality without address space randomisation (setarch -R). */
 static int
-sched_reset(void)
+sched_reset(struct zygote_start *at)
 {
     int priority = 0;
     long r = sbx_call(SBX_NR_sched_setscheduler, 0, 0 /* SCHED_OTHER */, &priority);
 
+    (void)at;
     /* The raw call answers 20 - nice. */
     if (r >= 0 && sbx_call(SBX_NR_getpriority, 0 /* PRIO_PROCESS */, 0) > 20)
         r = sbx_call(SBX_NR_setpriority, 0, 0, 0);
@@ -203,71 +174,177 @@ sched_reset(void)
     return r < 0 ? (int)r : 0;
 }
 
-/* The life of the zygote's first process up to exec, in its new namespaces. */
-static _Noreturn void
-zygote_child(const struct sbx_zygote_plan *plan)
+/* cgroup v1: writing 0 moves the writer. */
+static int
+enter_cgroups(struct zygote_start *at)
 {
-    const int fds[] = {plan->null_fd, plan->log_fd, plan->log_fd, plan->engine_fd, plan->zygote_fd, plan->owner_fd,
-                       plan->nursery_fd, plan->report_fd, plan->broker_fd};
-    const unsigned int nfds = ARRAY_SIZE(fds) - (plan->broker_fd < 0);
-    int trees[SBX_TREES];
-    struct sbx_report done = {0};
-    uint32_t detail = 0, kept = 0;
-    char go;
-    long r;
-    int root;
+    const struct sbx_zygote_plan *plan = at->plan;
 
-    default_signals();
-    sbx_close(plan->go_write_fd);
-    r = sched_reset();
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_ORDINARY, (int)-r, 0);
     for (unsigned int i = 0; i < plan->ntasks && i < ARRAY_SIZE(plan->tasks); i++) {
-        r = sbx_write_all(plan->tasks[i], "0", 1);
+        int r = sbx_write_all(plan->tasks[i], "0", 1);
+
         if (r < 0)
-            child_fail(plan->report_fd, SBX_STAGE_CGROUP, (int)-r, 0);
+            return r;
     }
-    r = sbx_call(SBX_NR_mount, 0, "/", 0, SBX_MS_REC | SBX_MS_PRIVATE, 0);
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_PRIVATE, (int)-r, 0);
-    r = sbx_open_trees(plan->rootfs, plan->rootfs_length, trees, &detail);
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_MOUNTS, (int)-r, detail);
-    r = sbx_read_all(plan->go_fd, &go, 1); /* the id maps are written */
-    if (r >= 0)
-        r = sbx_become(0, 0, plan->single_id);
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_MAPS, (int)-r, 0);
-    r = keyring_drop(plan->allow_user_namespaces, &kept);
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_FORGO, (int)-r, 0);
-    root = sbx_new_root();
-    if (root < 0)
-        child_fail(plan->report_fd, SBX_STAGE_ROOT, -root, 0);
-    r = sbx_build_root(root, plan->rootfs, plan->rootfs_length, trees, &detail);
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_MOUNTS, (int)-r, detail);
-    r = sbx_enter_root(root);
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_PIVOT, (int)-r, 0);
-    r = sbx_call(SBX_NR_sethostname, "sandbox", 7);
-    if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_HOSTNAME, (int)-r, 0);
+    return 0;
+}
+
+static int
+stop_propagation(struct zygote_start *at)
+{
+    (void)at;
+    return (int)sbx_call(SBX_NR_mount, 0, "/", 0, SBX_MS_REC | SBX_MS_PRIVATE, 0);
+}
+
+static int
+open_trees(struct zygote_start *at)
+{
+    return sbx_open_trees(at->plan->rootfs, at->plan->rootfs_length, at->trees, &at->detail);
+}
+
+static int
+become_mapped_root(struct zygote_start *at)
+{
+    char go;
+    int r = sbx_read_all(at->plan->go_fd, &go, 1); /* the id maps are written */
+
+    return r < 0 ? r : sbx_become(0, 0, at->plan->single_id);
+}
+
+/* An anonymous session keyring of its own: keyrings are not namespaced, and the caller's would be inherited
+ * (session-keyring(7); ENOSYS: a kernel without keys; EPERM: a filter around the engine refuses keyrings to everything
+ * below, cells included). */
+static int
+keyring_drop(struct zygote_start *at)
+{
+    long r = sbx_call(SBX_NR_keyctl, 1 /* KEYCTL_JOIN_SESSION_KEYRING */, 0);
+
+    if (r == -SBX_EPERM)
+        at->kept |= SBX_KEPT_KEYRING;
+    return r < 0 && r != -SBX_ENOSYS && r != -SBX_EPERM ? (int)r : 0;
+}
+
+/* No user namespaces below this one: the limit is this namespace's own (namespaces(7)), it is asked even where a filter is
+ * not, and a container's read-only /proc/sys is the one reason why it may stay as it is. */
+static int
+userns_limit(struct zygote_start *at)
+{
+    int r, fd;
+
+    if (at->plan->allow_user_namespaces)
+        return 0;
+    fd = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/sys/user/max_user_namespaces",
+                       SBX_O_WRONLY | SBX_O_CLOEXEC, 0);
+    if (fd == -SBX_EROFS || fd == -SBX_EACCES || fd == -SBX_ENOENT) {
+        at->kept |= SBX_KEPT_USER_NAMESPACES;
+        return 0;
+    }
+    if (fd < 0)
+        return fd;
+    r = sbx_write_all(fd, "0", 1);
+    sbx_close(fd);
+    return r;
+}
+
+static int
+make_root(struct zygote_start *at)
+{
+    at->root = sbx_new_root();
+    return at->root;
+}
+
+static int
+build_root(struct zygote_start *at)
+{
+    return sbx_build_root(at->root, at->plan->rootfs, at->plan->rootfs_length, at->trees, &at->detail);
+}
+
+static int
+enter_root(struct zygote_start *at)
+{
+    return sbx_enter_root(at->root);
+}
+
+static int
+set_hostname(struct zygote_start *at)
+{
+    (void)at;
+    return (int)sbx_call(SBX_NR_sethostname, "sandbox", 7);
+}
+
+/* By enum sbx_nursery_fd. The program's image and the report end with exec; the others are the nursery's. */
+static int
+place_nursery_fds(struct zygote_start *at)
+{
+    const struct sbx_zygote_plan *plan = at->plan;
+    const int fds[] = {
+        [SBX_NURSERY_NULL] = plan->null_fd,
+        [SBX_NURSERY_OUT] = plan->log_fd,
+        [SBX_NURSERY_ERR] = plan->log_fd,
+        [SBX_NURSERY_ENGINE] = plan->engine_fd,
+        [SBX_NURSERY_ZYGOTE] = plan->zygote_fd,
+        [SBX_NURSERY_OWNER] = plan->owner_fd,
+        [SBX_NURSERY_PROGRAM] = plan->nursery_fd,
+        [SBX_NURSERY_REPORT] = plan->report_fd,
+        [SBX_NURSERY_BROKER] = plan->broker_fd,
+    };
+    const unsigned int nfds = ARRAY_SIZE(fds) - (plan->broker_fd < 0);
+    int r;
+
     sbx_call(SBX_NR_setsid);
     r = place_fds(fds, nfds);
     if (r < 0)
-        child_fail(plan->report_fd, SBX_STAGE_FDS, (int)-r, 0);
-    /* The program's image and the report end with exec; the others are the nursery's. */
-    for (int fd = 6; fd <= 7; fd++)
-        sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
-    r = sbx_close_from(nfds);
-    if (r < 0)
-        child_fail(7, SBX_STAGE_FDS, (int)-r, 0);
-    done.detail = kept;
-    if (kept)
-        sbx_write_all(7, &done, sizeof(done));
-    r = sbx_call(SBX_NR_execveat, 6, "", plan->argv, plan->envp, SBX_AT_EMPTY_PATH);
-    child_fail(7, SBX_STAGE_EXEC, (int)-r, 0);
+        return r;
+    at->report_fd = SBX_NURSERY_REPORT;
+    sbx_call(SBX_NR_fcntl, SBX_NURSERY_PROGRAM, SBX_F_SETFD, SBX_FD_CLOEXEC);
+    sbx_call(SBX_NR_fcntl, SBX_NURSERY_REPORT, SBX_F_SETFD, SBX_FD_CLOEXEC);
+    return sbx_close_from(nfds);
+}
+
+static int
+execute_nursery(struct zygote_start *at)
+{
+    const struct sbx_report done = {.detail = at->kept};
+
+    if (at->kept)
+        sbx_write_all(SBX_NURSERY_REPORT, &done, sizeof(done));
+    return (int)sbx_call(SBX_NR_execveat, SBX_NURSERY_PROGRAM, "", at->plan->argv, at->plan->envp, SBX_AT_EMPTY_PATH);
+}
+
+static const struct {
+    enum sbx_stage stage;
+    int (*run)(struct zygote_start *);
+} zygote_steps[] = {
+    {SBX_STAGE_ORDINARY, sched_reset},    /* first: what follows takes time */
+    {SBX_STAGE_CGROUP, enter_cgroups},    /* before anything takes memory; the host's tree is still there */
+    {SBX_STAGE_PRIVATE, stop_propagation},
+    {SBX_STAGE_MOUNTS, open_trees},       /* before the ids: with the caller's rights over the host's tree */
+    {SBX_STAGE_MAPS, become_mapped_root}, /* waits for the engine */
+    {SBX_STAGE_FORGO, keyring_drop},
+    {SBX_STAGE_FORGO, userns_limit},      /* while the host's /proc is there */
+    {SBX_STAGE_ROOT, make_root},
+    {SBX_STAGE_MOUNTS, build_root},
+    {SBX_STAGE_PIVOT, enter_root},        /* nothing of the host's tree from here on */
+    {SBX_STAGE_HOSTNAME, set_hostname},
+    {SBX_STAGE_FDS, place_nursery_fds},   /* closes all that the steps before needed */
+    {SBX_STAGE_EXEC, execute_nursery},    /* returns only when it is refused */
+};
+
+static _Noreturn void
+zygote_child(const struct sbx_zygote_plan *plan)
+{
+    struct zygote_start at = {.plan = plan, .root = -1, .report_fd = plan->report_fd};
+
+    default_signals();
+    sbx_close(plan->go_write_fd);
+    for (size_t i = 0; i < ARRAY_SIZE(zygote_steps); i++) {
+        int r = zygote_steps[i].run(&at);
+
+        if (r < 0)
+            child_fail(at.report_fd, zygote_steps[i].stage, -r,
+                       zygote_steps[i].stage == SBX_STAGE_MOUNTS ? at.detail : 0);
+    }
+    child_exit(1);
 }
 
 /* In the namespaces that the caller asks for; *args* says where the pidfd goes. */
@@ -314,7 +391,7 @@ sbx_zygote_clone(const struct sbx_zygote_plan *plan, int *pidfd)
     if (r < 0)
         return (int)r;
     pid = plan->userns_fd < 0 ? clone_zygote(plan, &args) : clone_detached(SBX_SIGCHLD, clone_in_userns, plan, pidfd);
-    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigprocmask, SBX_SIG_SETMASK, &old, 0, SBX_SIGSET_BYTES);
     return (int)pid;
 }
 
@@ -330,7 +407,8 @@ sbx_userns_hold(int program_fd, int wait_fd, int report_fd, int *pidfd)
                                   .pidfd = (uint64_t)(uintptr_t)pidfd,
                                   .exit_signal = SBX_SIGCHLD};
     char name[] = "hold", *const argv[] = {name, 0}, *const envp[] = {0};
-    const int fds[] = {wait_fd, program_fd, report_fd};
+    enum { HOLDER_PROGRAM = 1 };
+    const int fds[] = {[SBX_HOLDER_WAIT] = wait_fd, [HOLDER_PROGRAM] = program_fd, [SBX_HOLDER_REPORT] = report_fd};
     uint64_t old;
     long pid, r = all_signals_blocked(&old);
 
@@ -341,15 +419,15 @@ sbx_userns_hold(int program_fd, int wait_fd, int report_fd, int *pidfd)
         default_signals();
         r = place_fds(fds, ARRAY_SIZE(fds));
         if (r >= 0)
-            r = sbx_call(SBX_NR_fcntl, 1, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
+            r = sbx_call(SBX_NR_fcntl, HOLDER_PROGRAM, SBX_F_SETFD, SBX_FD_CLOEXEC);
         if (r >= 0)
             r = sbx_close_from(ARRAY_SIZE(fds));
         if (r < 0)
             child_fail(report_fd, SBX_STAGE_FDS, (int)-r, 0);
-        r = sbx_call(SBX_NR_execveat, 1, "", argv, envp, SBX_AT_EMPTY_PATH);
-        child_fail(2, SBX_STAGE_EXEC, (int)-r, 0);
+        r = sbx_call(SBX_NR_execveat, HOLDER_PROGRAM, "", argv, envp, SBX_AT_EMPTY_PATH);
+        child_fail(SBX_HOLDER_REPORT, SBX_STAGE_EXEC, (int)-r, 0);
     }
-    sbx_call(SBX_NR_rt_sigprocmask, 2, &old, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigprocmask, SBX_SIG_SETMASK, &old, 0, SBX_SIGSET_BYTES);
     return (int)pid;
 }
 

@@ -5,7 +5,7 @@
 #ifndef SANDBOXD_H
 #define SANDBOXD_H
 
-#include "syscall.h"
+#include "kernel.h"
 
 /* Where a set-up step stands. Python turns the number into words (sandboxd/kernel/stages.py); only append. */
 enum sbx_stage {
@@ -40,6 +40,25 @@ enum sbx_stage {
     SBX_STAGE_ORDINARY = 29, /* the caller's priorities and personality given up */
     SBX_STAGE_FORGO = 28,    /* a session keyring of its own; no user namespaces below */
 };
+
+/* The nursery's descriptors, as the engine's child places them (spawn.c) and the nursery finds them (nursery.c). */
+enum sbx_nursery_fd {
+    SBX_NURSERY_NULL = 0,
+    SBX_NURSERY_OUT = 1, /* the engine's log, as is 2 */
+    SBX_NURSERY_ERR = 2,
+    SBX_NURSERY_ENGINE = 3,
+    SBX_NURSERY_ZYGOTE = 4,
+    SBX_NURSERY_OWNER = 5,
+    SBX_NURSERY_PROGRAM = 6, /* until exec */
+    SBX_NURSERY_REPORT = 7,  /* until exec */
+    SBX_NURSERY_BROKER = 8,
+};
+
+/* Those of the same program when it only holds a user namespace. */
+enum sbx_holder_fd { SBX_HOLDER_WAIT = 0, SBX_HOLDER_REPORT = 2 };
+
+/* Parts of the step NAMESPACES that a test may leave out alone; bits of walls_down beside the stages'. */
+enum sbx_wall { SBX_WALL_NETWORK = 48, SBX_WALL_IPC = 49, SBX_WALL_UTS = 50 };
 
 /* What a child that failed says on its report descriptor: one write, far below PIPE_BUF. */
 struct sbx_report {

@@ -47,15 +47,14 @@ make_table(void)
 
     if (cells)
         return 0;
-    r = sbx_call(SBX_NR_mmap, 0, size, 3 /* read, write */, 0x22 /* MAP_PRIVATE | MAP_ANONYMOUS */, -1, 0);
+    r = sbx_call(SBX_NR_mmap, 0, size, SBX_PROT_READ | SBX_PROT_WRITE, SBX_MAP_PRIVATE | SBX_MAP_ANONYMOUS,
+                 -1, 0);
     if (r < 0)
         return r;
     cells = (void *)(uintptr_t)r;
-    return sbx_call(SBX_NR_madvise, cells, size, 10 /* MADV_DONTFORK */);
+    return sbx_call(SBX_NR_madvise, cells, size, SBX_MADV_DONTFORK);
 }
 
-/* Parts of one step that can be left out alone (sandboxd/engine/cells/active_policy.py). */
-enum { WALL_NETWORK = 48, WALL_IPC = 49, WALL_UTS = 50 };
 
 static int
 is_down(int wall)
@@ -89,11 +88,11 @@ join_namespaces(const struct cell_plan *plan)
 {
     unsigned long flags = SBX_CLONE_NEWNS;
 
-    if (!is_down(WALL_NETWORK))
+    if (!is_down(SBX_WALL_NETWORK))
         flags |= SBX_CLONE_NEWNET;
-    if (!is_down(WALL_IPC))
+    if (!is_down(SBX_WALL_IPC))
         flags |= SBX_CLONE_NEWIPC;
-    if (!is_down(WALL_UTS))
+    if (!is_down(SBX_WALL_UTS))
         flags |= SBX_CLONE_NEWUTS;
     return (int)sbx_call(SBX_NR_setns, plan->init, flags);
 }
@@ -251,9 +250,7 @@ cell_seal(const struct cell_plan *plan)
 static int
 check_single_threaded(void)
 {
-    struct {
-        uint64_t dev, ino, nlink, rest[15];
-    } st;
+    struct sbx_stat st;
     long r = sbx_call(SBX_NR_newfstatat, SBX_AT_FDCWD, "/proc/self/task", &st, 0);
 
     if (r < 0)
@@ -262,11 +259,11 @@ check_single_threaded(void)
 }
 
 static void
-block_sigchld(int how) /* 0 SIG_BLOCK, 1 SIG_UNBLOCK */
+block_sigchld(int how) /* SBX_SIG_BLOCK or SBX_SIG_UNBLOCK */
 {
     uint64_t sigchld = 1ULL << (SBX_SIGCHLD - 1);
 
-    sbx_call(SBX_NR_rt_sigprocmask, how, &sigchld, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigprocmask, how, &sigchld, 0, SBX_SIGSET_BYTES);
 }
 
 /* Fork one cell. Returns 0 in the cell, sealed; in the zygote the pid, or a negated errno and *stage. */
@@ -306,7 +303,7 @@ fork_cell(const struct sbx_cell_limits *request, const int *fds, enum sbx_stage 
     PyOS_BeforeFork();
     pid = sbx_call(SBX_NR_clone3, &args, sizeof(args));
     if (pid == 0) {
-        block_sigchld(1);
+        block_sigchld(SBX_SIG_UNBLOCK);
         cell_seal(&plan);
         PyOS_AfterFork_Child();
         return 0;
@@ -360,11 +357,7 @@ static int
 reap_cells(int engine, int signals)
 {
     char info[128];
-    struct { /* siginfo_t of SIGCHLD */
-        int32_t signo, error, code, pad, pid;
-        uint32_t uid;
-        int32_t status, rest[25];
-    } ended = {0};
+    struct sbx_siginfo ended = {0};
 
     sbx_call(SBX_NR_read, signals, info, sizeof(info));
     while (sbx_call(SBX_NR_waitid, SBX_P_ALL, 0, &ended, SBX_WEXITED | SBX_WNOHANG, 0) == 0 && ended.pid) {
@@ -398,19 +391,111 @@ is_program(Py_ssize_t size)
     return size > 0 && size % 8 == 0 && size / 8 <= 4096;
 }
 
+/* What prepare() is asked to do. */
+struct prepare_plan {
+    struct sbx_filter inherited;
+    uint64_t walls_down;
+};
+
+static int
+remember_walls(const struct prepare_plan *plan)
+{
+    seal.walls_down = plan->walls_down;
+    return 0;
+}
+
+static int
+ask_landlock(const struct prepare_plan *plan)
+{
+    long r = sbx_landlock_abi();
+
+    (void)plan;
+    seal.landlock_abi = r < 0 ? 0 : (int)r;
+    return 0;
+}
+
+static int
+make_cell_table(const struct prepare_plan *plan)
+{
+    (void)plan;
+    return (int)make_table();
+}
+
+static int
+hide_memory(const struct prepare_plan *plan)
+{
+    (void)plan;
+    return (int)sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0);
+}
+
+static int
+lock_privileges(const struct prepare_plan *plan)
+{
+    (void)plan;
+    return sbx_no_new_privs();
+}
+
+static int
+drop_bounding(const struct prepare_plan *plan)
+{
+    (void)plan;
+    return sbx_drop_bounding();
+}
+
+static int
+forbid_core_files(const struct prepare_plan *plan)
+{
+    static const struct sbx_rlimit no_core = {.resource = SBX_RLIMIT_CORE};
+
+    (void)plan;
+    return sbx_set_rlimits(&no_core, 1);
+}
+
+/* A library may have left SIGCHLD ignored, which would reap behind our back. */
+static int
+default_sigchld(const struct prepare_plan *plan)
+{
+    static const struct sbx_sigaction by_default = {0};
+
+    (void)plan;
+    return (int)sbx_call(SBX_NR_rt_sigaction, SBX_SIGCHLD, &by_default, 0, SBX_SIGSET_BYTES);
+}
+
+static int
+find_tid_address(const struct prepare_plan *plan)
+{
+    (void)plan;
+    return (int)sbx_call(SBX_NR_prctl, SBX_PR_GET_TID_ADDRESS, &seal.tid_address, 0, 0, 0);
+}
+
+static int
+load_inherited_filter(const struct prepare_plan *plan)
+{
+    return is_down(SBX_STAGE_SECCOMP) ? 0 : sbx_seccomp_install(&plan->inherited);
+}
+
+static int (*const prepare_steps[])(const struct prepare_plan *) = {
+    remember_walls,        /* first: the last step asks */
+    ask_landlock,          /* before the filter, as all that follows: a profile may refuse to ask */
+    make_cell_table,
+    hide_memory,
+    lock_privileges,       /* lets the filter load without privilege */
+    drop_bounding,
+    forbid_core_files,
+    default_sigchld,       /* before the first cell is forked */
+    find_tid_address,
+    load_inherited_filter, /* last: forbids some of the above */
+};
+
 static PyObject *
 cell_prepare(PyObject *self, PyObject *args)
 {
-    static const struct sbx_rlimit no_core = {.resource = 4 /* RLIMIT_CORE */};
-    static const struct {
-        uint64_t handler, flags, restorer, mask;
-    } by_default = {0};
-    struct sbx_filter inherited = {0};
     const char *first, *second;
     Py_ssize_t first_size, second_size;
     unsigned long long walls_down = 0;
+    struct prepare_plan plan;
     void *copy;
-    long r;
+    int r = 0;
 
     (void)self;
     if (!PyArg_ParseTuple(args, "y#y#|K:prepare", &first, &first_size, &second, &second_size, &walls_down))
@@ -424,30 +509,13 @@ cell_prepare(PyObject *self, PyObject *args)
         return PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < second_size; i++)
         ((char *)copy)[i] = second[i];
-    seal.walls_down = walls_down;
-    r = sbx_landlock_abi(); /* before the filter: a profile may refuse to ask */
-    seal.landlock_abi = r < 0 ? 0 : (int)r;
-    r = make_table();
-    if (r >= 0)
-        r = sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0);
-    if (r >= 0)
-        r = sbx_no_new_privs();
-    if (r >= 0)
-        r = sbx_drop_bounding();
-    if (r >= 0)
-        r = sbx_set_rlimits(&no_core, 1);
-    if (r >= 0) /* a library may have left it ignored, which would reap behind our back */
-        r = sbx_call(SBX_NR_rt_sigaction, SBX_SIGCHLD, &by_default, 0, sizeof(uint64_t));
-    if (r >= 0)
-        r = sbx_call(SBX_NR_prctl, SBX_PR_GET_TID_ADDRESS, &seal.tid_address, 0, 0, 0);
-    if (r >= 0 && !is_down(SBX_STAGE_SECCOMP)) {
-        inherited.program = first;
-        inherited.length = (uint16_t)(first_size / 8);
-        r = sbx_seccomp_install(&inherited);
-    }
+    plan = (struct prepare_plan){
+        .inherited = {.program = first, .length = (uint16_t)(first_size / 8)}, .walls_down = walls_down};
+    for (size_t i = 0; i < ARRAY_SIZE(prepare_steps) && r >= 0; i++)
+        r = prepare_steps[i](&plan);
     if (r < 0) {
         PyMem_Free(copy);
-        errno = (int)-r;
+        errno = -r;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
     PyMem_Free((void *)(uintptr_t)seal.filter.program);
@@ -479,7 +547,7 @@ cell_serve(PyObject *self, PyObject *args)
         PyErr_SetString(PyExc_RuntimeError, "prepare() comes first");
         return NULL;
     }
-    block_sigchld(0);
+    block_sigchld(SBX_SIG_BLOCK);
     signals = (int)sbx_call(SBX_NR_signalfd4, -1, &sigchld, sizeof(uint64_t), SBX_O_NONBLOCK | SBX_O_CLOEXEC);
     polls[0].fd = engine;
     polls[1].fd = nursery;

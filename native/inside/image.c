@@ -23,37 +23,6 @@
 
 #include "sandboxd.h"
 
-/* Numbers and constants that only this file needs, x86-64. */
-enum {
-    NR_mmap = 9,
-    NR_mprotect = 10,
-    NR_munmap = 11,
-    NR_madvise = 28,
-    NR_ftruncate = 77,
-    NR_arch_prctl = 158,
-    NR_getrandom = 318,
-    NR_memfd_create = 319,
-};
-
-enum {
-    PROT_R = 1,
-    PROT_W = 2,
-    PROT_X = 4,
-    MAP_PRIVATE_ = 0x02,
-    MAP_FIXED_ = 0x10,
-    MAP_ANONYMOUS_ = 0x20,
-    MAP_NORESERVE_ = 0x4000,
-    ADV_POPULATE_READ = 22,  /* 5.14 */
-    ADV_POPULATE_WRITE = 23, /* 5.14 */
-    MFD_CLOEXEC_ = 1,
-    MFD_ALLOW_SEALING_ = 2,
-    MFD_NOEXEC_SEAL_ = 8, /* 6.3 */
-    F_ADD_SEALS_ = 1033,
-    SEALS = 0x1 | 0x2 | 0x4 | 0x8, /* SEAL, SHRINK, GROW, WRITE */
-    ARCH_GET_FS_ = 0x1003,
-    POLLIN_ = 1,
-};
-
 #define PAGE 4096UL
 #define ARENA_ALIGNMENT (2UL << 20)
 #define PAGE_DOWN(x) ((x) & ~(PAGE - 1))
@@ -112,7 +81,7 @@ static struct {
 static long
 map_anonymous(uint64_t at, size_t length, int prot)
 {
-    return sbx_call(NR_mmap, at, length, prot, MAP_PRIVATE_ | MAP_ANONYMOUS_ | MAP_NORESERVE_ | (at ? MAP_FIXED_ : 0),
+    return sbx_call(SBX_NR_mmap, at, length, prot, SBX_MAP_PRIVATE | SBX_MAP_ANONYMOUS | SBX_MAP_NORESERVE | (at ? SBX_MAP_FIXED : 0),
                     -1, 0);
 }
 
@@ -136,7 +105,7 @@ arena_alloc(void *ctx, size_t size)
 {
     uint64_t at = image.arenas_used;
 
-    if (at + size > image.arenas.end || sbx_call(NR_mprotect, at, size, PROT_R | PROT_W) < 0)
+    if (at + size > image.arenas.end || sbx_call(SBX_NR_mprotect, at, size, SBX_PROT_READ | SBX_PROT_WRITE) < 0)
         return image.before.alloc(ctx, size);
     image.arenas_used += size;
     return (void *)(uintptr_t)at;
@@ -223,7 +192,7 @@ parse_area(const char *at, struct area *area)
     if (*p != '-')
         return NULL;
     p = hex(p + 1, &area->end);
-    area->prot = (p[1] == 'r' ? PROT_R : 0) | (p[2] == 'w' ? PROT_W : 0) | (p[3] == 'x' ? PROT_X : 0);
+    area->prot = (p[1] == 'r' ? SBX_PROT_READ : 0) | (p[2] == 'w' ? SBX_PROT_WRITE : 0) | (p[3] == 'x' ? SBX_PROT_EXEC : 0);
     area->is_private = p[4] == 'p';
     area->anonymous_kb = 0;
     p = hex(p + 6, &skipped);     /* offset */
@@ -243,7 +212,7 @@ parse_area(const char *at, struct area *area)
 static const char *
 read_proc(const char *path, size_t room)
 {
-    long fd, n, at = map_anonymous(0, room, PROT_R | PROT_W);
+    long fd, n, at = map_anonymous(0, room, SBX_PROT_READ | SBX_PROT_WRITE);
     size_t length = 0;
 
     if (is_error(at))
@@ -256,7 +225,7 @@ read_proc(const char *path, size_t room)
     sbx_close((int)fd);
     if (n == 0)
         return (const char *)(uintptr_t)at;
-    sbx_call(NR_munmap, at, room);
+    sbx_call(SBX_NR_munmap, at, room);
     return NULL;
 }
 
@@ -347,7 +316,7 @@ move_pages(struct move *move, uint64_t start, uint64_t end, int prot)
         long r = sbx_write_all(move->fd, (const void *)(uintptr_t)start, length);
 
         if (r >= 0)
-            r = sbx_call(NR_mmap, start, length, prot, MAP_PRIVATE_ | MAP_FIXED_, move->fd, move->offset);
+            r = sbx_call(SBX_NR_mmap, start, length, prot, SBX_MAP_PRIVATE | SBX_MAP_FIXED, move->fd, move->offset);
         if (is_error(r)) {
             move->error = r;
             return;
@@ -411,7 +380,7 @@ move_area(struct move *move, const struct area *area, uint64_t start, uint64_t e
 static int
 is_movable(const struct area *area)
 {
-    return area->is_private && area->is_plain && (area->prot & (PROT_R | PROT_X)) == PROT_R && area->anonymous_kb > 0;
+    return area->is_private && area->is_plain && (area->prot & (SBX_PROT_READ | SBX_PROT_EXEC)) == SBX_PROT_READ && area->anonymous_kb > 0;
 }
 
 static void
@@ -453,10 +422,10 @@ image_gather(PyObject *self, PyObject *args)
     if (maps == NULL)
         return raise_errno(-SBX_EIO);
     for (at = maps; (at = next_area(at, &area)) != NULL;)
-        if (area.is_private && area.is_plain && !area.has_file && !area.is_heap && area.prot == (PROT_R | PROT_W) &&
+        if (area.is_private && area.is_plain && !area.has_file && !area.is_heap && area.prot == (SBX_PROT_READ | SBX_PROT_WRITE) &&
             !(area.start <= (uintptr_t)maps && (uintptr_t)maps < area.end) && image.nstartup < ARRAY_SIZE(image.startup))
             image.startup[image.nstartup++] = (struct range){area.start, area.end};
-    sbx_call(NR_munmap, maps, SMAPS_BYTES);
+    sbx_call(SBX_NR_munmap, maps, SMAPS_BYTES);
     if (mallopt != NULL)
         mallopt(M_MMAP_MAX, 0);
     if (PyObject_GetArenaAllocator != NULL && PyObject_SetArenaAllocator != NULL) {
@@ -468,7 +437,7 @@ image_gather(PyObject *self, PyObject *args)
         image.arenas.end = (uint64_t)r + ARENA_BYTES;
         /* As pymalloc's address tree likes them best, and huge pages. */
         image.arenas.start = image.arenas_used = ((uint64_t)r + ARENA_ALIGNMENT - 1) & ~(ARENA_ALIGNMENT - 1);
-        sbx_call(NR_munmap, r, image.arenas.start - (uint64_t)r);
+        sbx_call(SBX_NR_munmap, r, image.arenas.start - (uint64_t)r);
         PyObject_GetArenaAllocator(&image.before);
         ours.ctx = image.before.ctx;
         PyObject_SetArenaAllocator(&ours);
@@ -492,7 +461,7 @@ restore_allocators(void)
     }
     if (image.arenas.end > image.arenas.start) {
         PyObject_SetArenaAllocator(&image.before);
-        sbx_call(NR_munmap, image.arenas_used, image.arenas.end - image.arenas_used);
+        sbx_call(SBX_NR_munmap, image.arenas_used, image.arenas.end - image.arenas_used);
     }
     image.gathered = 0;
 }
@@ -500,10 +469,10 @@ restore_allocators(void)
 static long
 make_memfd(void)
 {
-    long r = sbx_call(NR_memfd_create, "sandboxd-image", MFD_CLOEXEC_ | MFD_ALLOW_SEALING_ | MFD_NOEXEC_SEAL_);
+    long r = sbx_call(SBX_NR_memfd_create, "sandboxd-image", SBX_MFD_CLOEXEC | SBX_MFD_ALLOW_SEALING | SBX_MFD_NOEXEC_SEAL);
 
     if (r == -SBX_EINVAL)
-        r = sbx_call(NR_memfd_create, "sandboxd-image", MFD_CLOEXEC_ | MFD_ALLOW_SEALING_);
+        r = sbx_call(SBX_NR_memfd_create, "sandboxd-image", SBX_MFD_CLOEXEC | SBX_MFD_ALLOW_SEALING);
     return r;
 }
 
@@ -538,7 +507,7 @@ image_share(PyObject *self, PyObject *args)
     r = sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/pagemap", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);
     if (r >= 0) {
         move.pagemap = (int)r;
-        r = map_anonymous(0, RANGES * sizeof(struct range), PROT_R | PROT_W);
+        r = map_anonymous(0, RANGES * sizeof(struct range), SBX_PROT_READ | SBX_PROT_WRITE);
     }
     if (is_error(r)) {
         sbx_close(move.pagemap);
@@ -559,7 +528,7 @@ image_share(PyObject *self, PyObject *args)
                 known.ranges[i].end = known.ranges[i].start;
         }
     image.shared = 1;
-    sbx_call(NR_arch_prctl, ARCH_GET_FS_, &move.thread_pointer);
+    sbx_call(SBX_NR_arch_prctl, SBX_ARCH_GET_FS, &move.thread_pointer);
     sbx_call(SBX_NR_rt_sigprocmask, 0 /* SIG_BLOCK */, &all, &mask, 8);
     smaps = read_proc("/proc/self/smaps", SMAPS_BYTES);
     if (smaps == NULL)
@@ -567,10 +536,10 @@ image_share(PyObject *self, PyObject *args)
     else
         move_known(&move, smaps, &known);
     if (move.error == 0)
-        move.error = sbx_call(SBX_NR_fcntl, move.fd, F_ADD_SEALS_, SEALS);
+        move.error = sbx_call(SBX_NR_fcntl, move.fd, SBX_F_ADD_SEALS, SBX_SEALS_ALL);
     sbx_call(SBX_NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &mask, 0, 8);
-    sbx_call(NR_munmap, smaps, SMAPS_BYTES);
-    sbx_call(NR_munmap, known.ranges, RANGES * sizeof(struct range));
+    sbx_call(SBX_NR_munmap, smaps, SMAPS_BYTES);
+    sbx_call(SBX_NR_munmap, known.ranges, RANGES * sizeof(struct range));
     sbx_close(move.pagemap);
     sbx_close(move.fd);
     if (move.error < 0)
@@ -592,9 +561,9 @@ image_can_become_writable(PyObject *self, PyObject *args)
     (void)self;
     if (!PyArg_ParseTuple(args, "KKi:can_become_writable", &start, &end, &prot))
         return NULL;
-    r = sbx_call(NR_mprotect, start, end - start, prot | PROT_W);
+    r = sbx_call(SBX_NR_mprotect, start, end - start, prot | SBX_PROT_WRITE);
     if (r == 0) {
-        r = sbx_call(NR_mprotect, start, end - start, prot);
+        r = sbx_call(SBX_NR_mprotect, start, end - start, prot);
         return r < 0 ? raise_errno(r) : PyBool_FromLong(1);
     }
     return PyBool_FromLong(r != -SBX_EACCES); /* EPERM of mseal(2), for example, says nothing of the mapping */
@@ -622,11 +591,11 @@ image_make_private(PyObject *self, PyObject *args)
         return raise_errno(r);
     move.fd = (int)r;
     sbx_call(SBX_NR_rt_sigprocmask, 0 /* SIG_BLOCK */, &all, &mask, 8);
-    if (!(prot & PROT_R))
-        move.error = sbx_call(NR_mprotect, start, end - start, prot | PROT_R);
+    if (!(prot & SBX_PROT_READ))
+        move.error = sbx_call(SBX_NR_mprotect, start, end - start, prot | SBX_PROT_READ);
     move_pages(&move, start, end, prot);
     if (move.error == 0)
-        move.error = sbx_call(SBX_NR_fcntl, move.fd, F_ADD_SEALS_, SEALS);
+        move.error = sbx_call(SBX_NR_fcntl, move.fd, SBX_F_ADD_SEALS, SBX_SEALS_ALL);
     sbx_call(SBX_NR_rt_sigprocmask, 2 /* SIG_SETMASK */, &mask, 0, 8);
     sbx_close(move.fd);
     if (move.error < 0)
@@ -671,7 +640,7 @@ record_area(struct record *record, const struct area *area, int pagemap)
                 continue;
             if (bits[i] & PM_FILE)
                 record_page(record, at, 0);
-            else if (bits[i] & PM_EXCLUSIVE && area->prot & PROT_W)
+            else if (bits[i] & PM_EXCLUSIVE && area->prot & SBX_PROT_WRITE)
                 record_page(record, at, 1);
         }
     }
@@ -694,7 +663,7 @@ image_record(PyObject *self, PyObject *args)
     (void)self;
     if (!PyArg_ParseTuple(args, "i:record", &fd))
         return NULL;
-    r = map_anonymous(0, RANGES * sizeof(struct range), PROT_R | PROT_W);
+    r = map_anonymous(0, RANGES * sizeof(struct range), SBX_PROT_READ | SBX_PROT_WRITE);
     if (is_error(r))
         return raise_errno(r);
     record.ranges = (struct range *)(uintptr_t)r;
@@ -704,7 +673,7 @@ image_record(PyObject *self, PyObject *args)
     maps = read_proc("/proc/self/maps", SMAPS_BYTES);
     r = maps == NULL ? -SBX_EIO : 0;
     for (const char *at = maps; r == 0 && (at = next_area(at, &area)) != NULL;)
-        if (area.is_private && area.prot & PROT_R &&
+        if (area.is_private && area.prot & SBX_PROT_READ &&
             !(area.start <= (uintptr_t)maps && (uintptr_t)maps < area.end) &&
             !(area.start <= (uintptr_t)record.ranges && (uintptr_t)record.ranges < area.end))
             r = record_area(&record, &area, (int)pagemap);
@@ -733,11 +702,11 @@ image_remember(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "i:remember", &fd))
         return NULL;
     if (image.recorded == NULL) {
-        r = map_anonymous(0, room, PROT_R | PROT_W);
+        r = map_anonymous(0, room, SBX_PROT_READ | SBX_PROT_WRITE);
         if (!is_error(r))
             image.recorded = (const struct range *)(uintptr_t)r;
     } else {
-        r = sbx_call(NR_mprotect, image.recorded, room, PROT_R | PROT_W);
+        r = sbx_call(SBX_NR_mprotect, image.recorded, room, SBX_PROT_READ | SBX_PROT_WRITE);
     }
     if (is_error(r))
         return raise_errno(r);
@@ -745,7 +714,7 @@ image_remember(PyObject *self, PyObject *args)
         n = sbx_call(SBX_NR_read, fd, (uintptr_t)image.recorded + length, room - length);
         length += n > 0 ? (size_t)n : 0;
     } while (n == -SBX_EINTR || (n > 0 && length < room));
-    sbx_call(NR_mprotect, image.recorded, room, PROT_R);
+    sbx_call(SBX_NR_mprotect, image.recorded, room, SBX_PROT_READ);
     image.nrecorded = n < 0 ? known : length / sizeof(struct range);
     for (size_t i = known; i < image.nrecorded; i++)
         pages += (image.recorded[i].end - image.recorded[i].start) / PAGE;
@@ -755,10 +724,7 @@ image_remember(PyObject *self, PyObject *args)
 static int
 has_packet(int fd)
 {
-    struct {
-        int fd;
-        short events, revents;
-    } asked = {.fd = fd, .events = POLLIN_};
+    struct sbx_pollfd asked = {.fd = fd, .events = SBX_POLLIN};
 
     return sbx_call(SBX_NR_poll, &asked, 1, 0) > 0;
 }
@@ -794,8 +760,8 @@ image_populate(PyObject *self, PyObject *args)
     for (; i < image.nrecorded && image.recorded[i].end != 0; i++) {
         uint64_t start = PAGE_DOWN(image.recorded[i].start), length = image.recorded[i].end - start;
         /* What is gone since, or was mapped by the recording child alone, is refused: nothing is lost. */
-        long r = sbx_call(NR_madvise, start, length,
-                          image.recorded[i].start & 1 ? ADV_POPULATE_WRITE : ADV_POPULATE_READ);
+        long r = sbx_call(SBX_NR_madvise, start, length,
+                          image.recorded[i].start & 1 ? SBX_MADV_POPULATE_WRITE : SBX_MADV_POPULATE_READ);
 
         since += length / PAGE;
         if (since >= POPULATE_PAGES) {
@@ -824,7 +790,7 @@ image_fill(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "Kn:fill_random", &at, &length))
         return NULL;
     while (length > 0) {
-        long n = sbx_call(NR_getrandom, at, length, 0);
+        long n = sbx_call(SBX_NR_getrandom, at, length, 0);
 
         if (n == -SBX_EINTR)
             continue;

@@ -23,7 +23,12 @@
  */
 #include "sandboxd.h"
 
-enum { ENGINE = 3, ZYGOTE = 4, OWNER = 5, BROKER = 8 };
+enum {
+    ENGINE = SBX_NURSERY_ENGINE,
+    ZYGOTE = SBX_NURSERY_ZYGOTE,
+    OWNER = SBX_NURSERY_OWNER,
+    BROKER = SBX_NURSERY_BROKER,
+};
 enum { SLOTS = 8192, ZYGOTE_PID = 30011, INIT_ID = 1 };
 
 static int netns_of[SLOTS]; /* descriptor + 1, by slot: leased to the slot's present cell, empty in between */
@@ -168,9 +173,7 @@ init_fail(int fd, enum sbx_stage stage, long error)
 static _Noreturn void
 init_main(const struct init_plan *plan)
 {
-    struct {
-        uint64_t handler, flags, restorer, mask;
-    } ignore = {.handler = 1 /* SIG_IGN */};
+    const struct sbx_sigaction ignore = {.handler = 1 /* SIG_IGN */};
     struct sbx_report done = {0};
     const struct {
         int fd;
@@ -194,7 +197,7 @@ init_main(const struct init_plan *plan)
     r = sbx_attach(proc, SBX_AT_FDCWD, "/proc");
     if (r < 0)
         init_fail(plan->report, SBX_STAGE_PROC, r);
-    sbx_call(SBX_NR_rt_sigaction, SBX_SIGCHLD, &ignore, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigaction, SBX_SIGCHLD, &ignore, 0, SBX_SIGSET_BYTES);
     sbx_call(SBX_NR_setsid);
     r = sbx_move_fd(plan->report, 0);
     if (r < 0)
@@ -234,7 +237,7 @@ make_streams(uint32_t id, int *fds)
         if (i == IN_WRITE || i == OUT_READ || i == ERR_READ)
             r = (int)sbx_call(SBX_NR_fcntl, fds[i], 4 /* F_SETFL */, SBX_O_NONBLOCK);
     if (r >= 0)
-        r = (int)sbx_call(SBX_NR_socketpair, 1 /* AF_UNIX */, 5 /* SOCK_SEQPACKET */ | SBX_O_CLOEXEC, 0,
+        r = (int)sbx_call(SBX_NR_socketpair, SBX_AF_UNIX, SBX_SOCK_SEQPACKET | SBX_O_CLOEXEC, 0,
                           &fds[CHANNEL_OURS]);
     if (r >= 0)
         r = (int)sbx_call(SBX_NR_fcntl, fds[CHANNEL_OURS], 4 /* F_SETFL */, SBX_O_NONBLOCK);
@@ -314,7 +317,7 @@ fail:
 }
 
 static void
-tell(enum sbx_event_kind kind, uint32_t id, const struct sbx_report *report, const int *fds, unsigned int nfds)
+event_send(enum sbx_event_kind kind, uint32_t id, const struct sbx_report *report, const int *fds, unsigned int nfds)
 {
     struct sbx_event event = {.kind = kind, .id = id};
 
@@ -326,7 +329,7 @@ tell(enum sbx_event_kind kind, uint32_t id, const struct sbx_report *report, con
 
 /* One request of the engine. */
 static void
-answer(void)
+request_serve(void)
 {
     struct sbx_make_request request;
     struct sbx_report report = {0};
@@ -340,7 +343,7 @@ answer(void)
         quit(n == 0 ? 0 : 1); /* the engine is gone, or talks nonsense */
     make_init(&request, &report, fds);
     if (report.stage != SBX_STAGE_NONE) {
-        tell(SBX_EVENT_REFUSED, request.id, &report, 0, 0);
+        event_send(SBX_EVENT_REFUSED, request.id, &report, 0, 0);
     } else {
         const int made[SBX_MADE_FDS] = {fds[INIT],     fds[WORKSPACE], fds[TMP],      fds[SHM],         fds[CODE],
                                         fds[IN_WRITE], fds[OUT_READ],  fds[ERR_READ], fds[CHANNEL_OURS]};
@@ -349,7 +352,7 @@ answer(void)
 
         for (unsigned int i = 0; i < nentries; i++)
             forked[5 + i] = entries[i];
-        tell(SBX_EVENT_MADE, request.id, 0, made, SBX_MADE_FDS);
+        event_send(SBX_EVENT_MADE, request.id, 0, made, SBX_MADE_FDS);
         if (sbx_send_fds(zygote_channel, &fork, sizeof(fork), forked, 5 + nentries) < 0)
             quit(2);
         for (int i = 0; i < CELL_FDS; i++)
@@ -373,7 +376,7 @@ start_zygote(char **argv, char **envp, int channel)
 
     if (pid != 0)
         return (int)pid;
-    sbx_call(SBX_NR_rt_sigprocmask, 2, &none, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigprocmask, SBX_SIG_SETMASK, &none, 0, SBX_SIGSET_BYTES);
     sbx_call(SBX_NR_setsid);
     if (sbx_move_fd(ZYGOTE, ENGINE) < 0 || sbx_move_fd(channel, ENGINE + 1) < 0 || sbx_close_from(ENGINE + 2) < 0)
         quit(126);
@@ -409,7 +412,7 @@ reap(int signals, int zygote, int broker)
         for (uint32_t slot = 0; slot < slots_used; slot++)
             if (inits[slot].pid == pid) {
                 inits[slot].pid = 0;
-                tell(SBX_EVENT_DEAD, inits[slot].id, 0, 0, 0);
+                event_send(SBX_EVENT_DEAD, inits[slot].id, 0, 0, 0);
                 break;
             }
     }
@@ -418,15 +421,15 @@ reap(int signals, int zygote, int broker)
 /* Until the engine closes its end of 0: this namespace is mapped by then, and held by the engine's descriptor. Executed,
  * it has no memory of the engine's, so it may be dumpable, as the owner of its /proc files has to be. */
 static _Noreturn void
-hold(void)
+userns_hold(void)
 {
     const struct sbx_report running = {0};
     char end;
 
     /* Told by itself: what closes at exec is closed before the process is dumpable. */
-    sbx_write_all(2, &running, sizeof(running));
-    sbx_close(2);
-    while (sbx_call(SBX_NR_read, 0, &end, 1) == -SBX_EINTR)
+    sbx_write_all(SBX_HOLDER_REPORT, &running, sizeof(running));
+    sbx_close(SBX_HOLDER_REPORT);
+    while (sbx_call(SBX_NR_read, SBX_HOLDER_WAIT, &end, 1) == -SBX_EINTR)
         continue;
     quit(0);
 }
@@ -437,25 +440,23 @@ nursery_main(long *stack)
     long argc = stack[0];
     char **argv = (char **)(stack + 1), **envp = argv + argc + 1;
     uint64_t sigchld = 1ULL << (SBX_SIGCHLD - 1);
-    struct {
-        int fd;
-        short events, revents;
-    } polls[3] = {{.fd = ENGINE, .events = 1}, {.fd = OWNER, .events = 1}, {.fd = -1, .events = 1}};
+    struct sbx_pollfd polls[3] = {
+        {.fd = ENGINE, .events = SBX_POLLIN}, {.fd = OWNER, .events = SBX_POLLIN}, {.fd = -1, .events = SBX_POLLIN}};
     /* Asked before this process opens anything of its own. */
-    const int with_broker = sbx_call(SBX_NR_fcntl, BROKER, 1 /* F_GETFD */) >= 0;
+    const int with_broker = sbx_call(SBX_NR_fcntl, BROKER, SBX_F_GETFD) >= 0;
     int zygote, broker, pair[2];
 
     if (argc == 1)
-        hold();
+        userns_hold();
     if (sbx_call(SBX_NR_prctl, SBX_PR_SET_DUMPABLE, 0, 0, 0, 0) < 0)
         quit(3);
-    sbx_call(SBX_NR_rt_sigprocmask, 2, &sigchld, 0, sizeof(uint64_t));
+    sbx_call(SBX_NR_rt_sigprocmask, SBX_SIG_SETMASK, &sigchld, 0, SBX_SIGSET_BYTES);
     polls[2].fd = (int)sbx_call(SBX_NR_signalfd4, -1, &sigchld, sizeof(uint64_t), SBX_O_NONBLOCK | SBX_O_CLOEXEC);
     home_netns = (int)sbx_call(SBX_NR_openat, SBX_AT_FDCWD, "/proc/self/ns/net", SBX_O_RDONLY | SBX_O_CLOEXEC, 0);
     for (int fd = ENGINE; fd <= OWNER; fd++)
-        sbx_call(SBX_NR_fcntl, fd, 2 /* F_SETFD */, 1 /* FD_CLOEXEC */);
+        sbx_call(SBX_NR_fcntl, fd, SBX_F_SETFD, SBX_FD_CLOEXEC);
     if (argc < 2 || polls[2].fd < 0 || home_netns < 0 || sbx_no_new_privs() < 0 ||
-        sbx_call(SBX_NR_socketpair, 1 /* AF_UNIX */, 5 /* SOCK_SEQPACKET */ | SBX_O_CLOEXEC, 0, pair) < 0)
+        sbx_call(SBX_NR_socketpair, SBX_AF_UNIX, SBX_SOCK_SEQPACKET | SBX_O_CLOEXEC, 0, pair) < 0)
         quit(3);
     single_id = argv[0][0] == 'o';
     zygote_channel = pair[0];
@@ -478,7 +479,7 @@ nursery_main(long *stack)
         if (polls[2].revents)
             reap(polls[2].fd, zygote, broker);
         if (polls[0].revents)
-            answer();
+            request_serve();
     }
 }
 

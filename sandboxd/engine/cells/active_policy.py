@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd import seccomp
+from sandboxd._native import lib
 from sandboxd.cgroup import NoInstance
 from sandboxd.engine.cells.pool import Pool
 from sandboxd.engine.cells.zygote import Zygote, ZygoteConfig
@@ -34,9 +35,9 @@ SCOPES_ABI: Final = 6
 NETWORK_ABI: Final = 4
 
 WALLS: Final[dict[str, frozenset[int]]] = {
-    "network": frozenset({48}),
-    "ipc": frozenset({49}),
-    "uts": frozenset({50}),
+    "network": frozenset({lib.SBX_WALL_NETWORK}),
+    "ipc": frozenset({lib.SBX_WALL_IPC}),
+    "uts": frozenset({lib.SBX_WALL_UTS}),
     "cgroupns": frozenset({Stage.CGROUPNS}),
     "fds": frozenset({Stage.FDS}),
     "rlimits": frozenset({Stage.RLIMITS}),
@@ -47,9 +48,9 @@ WALLS: Final[dict[str, frozenset[int]]] = {
     "read-only": frozenset(),
     "userns-limit": frozenset(),
 }
-"""Walls that a test may leave out by name, and what of a cell's steps raises each (native/inside/cell.c; the numbers
-from 48 on are parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no
-program could be run without them.
+"""Walls that a test may leave out by name, and what of a cell's steps raises each (native/inside/cell.c; SBX_WALL_* are
+parts of a step). "read-only" is the root's planner. The pid, mount and user namespaces are not here: no program could
+be run without them.
 """
 
 

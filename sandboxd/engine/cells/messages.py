@@ -21,9 +21,9 @@ _HEAD: Final = struct.Struct("=II")
 _SIZES: Final = struct.Struct("=QQQQQQQ")
 _CELL: Final = struct.Struct("=IIIIII")
 _RLIMIT: Final = struct.Struct("=IIQQ")
-_RLIMITS: Final = 16
+_RLIMITS: Final = lib.SBX_RLIMITS
 _EVENT: Final = struct.Struct("=IIiiIiI")
-_MADE_FDS: Final = 9
+_MADE_FDS: Final = lib.SBX_MADE_FDS
 _EVENT_FDS: Final = 10
 
 
@@ -124,11 +124,11 @@ class CellFds:
 class Kind(enum.IntEnum):
     """What an event tells."""
 
-    MADE = 1
-    REFUSED = 2
-    DEAD = 3
-    EXITED = 4
-    WARM = 5
+    MADE = lib.SBX_EVENT_MADE
+    REFUSED = lib.SBX_EVENT_REFUSED
+    DEAD = lib.SBX_EVENT_DEAD
+    EXITED = lib.SBX_EVENT_EXITED
+    WARM = lib.SBX_EVENT_WARM
 
 
 class Event(NamedTuple):

@@ -36,8 +36,8 @@ INSIDE: Final = Path(__file__).resolve().parents[2] / "inside"
 
 _REPORT: Final = struct.Struct("=IiI")
 _UNMET: Final = {
-    1: "a session keyring of its own (a filter around the engine refuses keyctl)",
-    2: "the limit on user namespaces (/proc/sys/user cannot be written here)",
+    lib.SBX_KEPT_KEYRING: "a session keyring of its own (a filter around the engine refuses keyctl)",
+    lib.SBX_KEPT_USER_NAMESPACES: "the limit on user namespaces (/proc/sys/user cannot be written here)",
 }
 
 ENVIRONMENT: Final = {
