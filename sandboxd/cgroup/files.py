@@ -122,13 +122,6 @@ class Group:
         except OSError as error:
             raise _explain(error, "open", f"{self.path}/{file}") from None
 
-    def open_if_there(self, file: str, flags: int = os.O_RDONLY) -> int | None:
-        """As ``open``, but None when this kernel has no such file."""
-        try:
-            return self.open(file, flags)
-        except FileNotFoundError:
-            return None
-
     def has(self, file: str) -> bool:
         """Whether this kernel offers the control file here."""
         try:

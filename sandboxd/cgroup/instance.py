@@ -201,11 +201,6 @@ class Instance(Closing):
         """The instance's directory in each hierarchy, the one on v2 last."""
         return [place.path for place in self._places()]
 
-    def zygotes_attach(self, pid: int) -> None:
-        """Move a zygote or nursery, a child of ours, out of the engine's cgroup. Raises OSError."""
-        for place in self._places():
-            place.below("zygotes").attach(pid)
-
     @contextmanager
     def zygotes_entry(self) -> Iterator[tuple[int | None, list[int]]]:
         """How a new process gets among the zygotes at no cost: the directory for CLONE_INTO_CGROUP (None without v2),

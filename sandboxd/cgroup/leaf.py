@@ -170,7 +170,7 @@ class Leaf:
 
     def close_idle_fds(self) -> None:
         """Close what is not needed before the run's end; the next question opens it again. For many live cells at once:
-        seventeen descriptors each are more than a process may have. Nobody may watch ``populated_fd`` meanwhile.
+        seventeen descriptors each are more than a process may have.
         """
         self._fds.rest()
         self._dozing = True
@@ -314,15 +314,6 @@ class Leaf:
             return False
         pids = self._groups.of("pids")
         return not any(group.pids() for group in self._groups.v1_distinct() if group is not pids)
-
-    @property
-    def populated_fd(self) -> int | None:
-        """Readable when cgroup.events changed, until ``is_empty`` or ``is_frozen`` read it. None on a host without v2.
-
-        Note that ``is_empty`` does not read it while pids.current says that a task (or zombie) is there.
-        """
-        self._wake()
-        return None if self._life is None else self._life.events_fd()
 
     def freeze(self, on: bool) -> None:
         """Ask the kernel to stop or continue all tasks; ``is_frozen`` says when it did. OSError ENOTSUP where neither

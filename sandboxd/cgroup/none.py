@@ -44,9 +44,6 @@ class NoInstance(Instance):
     def paths(self) -> list[str]:
         return []
 
-    def zygotes_attach(self, pid: int) -> None:
-        pass
-
     @contextmanager
     def zygotes_entry(self) -> Iterator[tuple[int | None, list[int]]]:
         yield None, []
@@ -137,10 +134,6 @@ class NoLeaf(Leaf):
 
     def is_empty(self) -> bool:
         return True
-
-    @property
-    def populated_fd(self) -> int | None:
-        return None
 
     def freeze(self, on: bool) -> None:
         raise OSError(errno.ENOTSUP, "without cgroups nothing can be frozen", self.name)

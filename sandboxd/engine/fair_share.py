@@ -132,7 +132,3 @@ class Shares:
             self._held[who] -= size_bytes
             if not self._held[who]:
                 del self._held[who]
-
-    def held_bytes(self, who: object) -> int:
-        """What *who* has in the engine's memory now."""
-        return self._held.get(who, 0)

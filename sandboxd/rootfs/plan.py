@@ -34,7 +34,7 @@ from sandboxd.rootfs import etc
 from sandboxd.rootfs.hosttree import HostTree, Walk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
     from _typeshed import StrPath
 
@@ -424,19 +424,3 @@ def _add_extra(plan: _Plan, source: str, target: str) -> None:
     except _Conflict as conflict:
         raise PolicyError(f"{source} cannot be bound at {target}: {conflict}.") from conflict
     plan.mount(Op(Kind.BIND, guest[1:], real, flags=TREE_FLAGS))
-
-
-def iterate(buffer: bytes) -> Iterator[Op]:
-    """The operations of an encoded plan again: the layout's second reader, for tests and ``doctor``."""
-    count, _ = _COUNT.unpack_from(buffer)
-    at = _COUNT.size
-    for _ in range(count):
-        kind, flags, mode, target_len, source_len, data_len = _HEADER.unpack_from(buffer, at)
-        at += _HEADER.size
-        target = os.fsdecode(buffer[at : at + target_len - 1])
-        at += target_len
-        source = os.fsdecode(buffer[at : at + source_len - 1])
-        at += source_len
-        yield Op(Kind(kind), target, source, buffer[at : at + data_len], mode, flags)
-        at += data_len
-        at += -at % 8

@@ -18,7 +18,7 @@ from sandboxd.errors import PolicyError
 from sandboxd.seccomp import oci
 from sandboxd.seccomp import profile as seccomp_profile
 from sandboxd.seccomp.bpf import check, compile, run
-from sandboxd.seccomp.cache import cached_compile, cached_layers
+from sandboxd.seccomp.cache import cached_layers
 from sandboxd.seccomp.layers import Layers, compile_layers
 from sandboxd.seccomp.rules import ALLOW, KILL, LOG, SUCCEED, Action, Arguments, Decision, Profile, Rule, Test, refuse
 from sandboxd.seccomp.syscalls import NAMES, NEWEST, NUMBERS
@@ -39,7 +39,6 @@ __all__ = [
     "Profile",
     "Rule",
     "Test",
-    "cached_compile",
     "cached_layers",
     "check",
     "compile",

@@ -9,7 +9,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from sandboxd._util.diskcache import cached
-from sandboxd.seccomp.bpf import IMPLEMENTATION, check, compile
+from sandboxd.seccomp.bpf import IMPLEMENTATION, check
 from sandboxd.seccomp.layers import Layers, compile_layers, split
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from sandboxd.seccomp.rules import Profile
 
-__all__ = ["cached_compile", "cached_layers"]
+__all__ = ["cached_layers"]
 
 _LENGTH: Final = struct.Struct("<I")
 
@@ -26,15 +26,10 @@ _LIBRARY: Final = "libseccomp.so.2"
 _LIBRARY_DIRECTORIES: Final = ("/usr/lib/x86_64-linux-gnu", "/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib")
 
 
-def cached_compile(profile: Profile, directory: Path | None = None) -> bytes:
-    """``compile(profile)``, from *directory* (default: ``diskcache.cache_directory()``) when a trustworthy copy lies
-    there. Raises what ``compile`` raises.
-    """
-    return _cached(profile.sha256, check, lambda: compile(profile), directory)
-
-
 def cached_layers(profile: Profile, directory: Path | None = None) -> Layers:
-    """``compile_layers(profile)``, kept and looked at as ``cached_compile`` does it: both programs in one file."""
+    """``compile_layers(profile)``, from *directory* (default: ``diskcache.cache_directory()``) when a trustworthy copy
+    lies there: both programs in one file. Raises what ``compile_layers`` raises.
+    """
     lower, upper = split(profile)  # their hashes hold what stands in SPAWN, too
 
     def made() -> bytes:

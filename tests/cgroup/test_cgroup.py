@@ -403,10 +403,15 @@ CLONE_CHILD = """
 """
 
 
+def attach_to_zygotes(instance: Instance, pid: int) -> None:
+    for path in instance.paths():
+        Path(path, "zygotes", "cgroup.procs").write_text(str(pid))
+
+
 def clone_into(instance: Instance, leaf: Leaf, uid: int) -> int:
     assert leaf.clone_fd is not None
     with child(CLONE_CHILD, str(leaf.clone_fd), str(uid), pass_fds=(leaf.clone_fd,)) as process:
-        instance.zygotes_attach(process.pid)
+        attach_to_zygotes(instance, process.pid)
         go(process)
         return int(line_from(process))
 
@@ -436,11 +441,7 @@ def test_zygotes_of_two_uids_clone_each_into_their_own_leaf(twin_instance: Insta
 def test_kill_takes_frozen_processes_too(twin_instance: Instance) -> None:
     with twin_instance.make_leaf(0) as leaf, child("signal.pause()") as process:
         leaf.attach(process.pid)
-        events = leaf.populated_fd
-        assert events is not None
-        leaf.freeze(True)
-        while not leaf.is_frozen():
-            assert readable(events)
+        frozen(leaf)
         assert not leaf.reusable()
         leaf.kill()
         assert process.wait(timeout=10) == -signal.SIGKILL
@@ -482,19 +483,6 @@ def test_kill_takes_frozen_processes_on_any_host(instance: Instance) -> None:
         assert leaf.is_empty()
 
 
-def test_populated_fd_tells_the_end(twin_instance: Instance) -> None:
-    with twin_instance.make_leaf(0) as leaf, child("signal.pause()") as process:
-        leaf.attach(process.pid)
-        events = leaf.populated_fd
-        assert events is not None
-        assert not readable(events, timeout=0)
-        process.kill()
-        assert readable(events)
-        process.wait(timeout=10)
-        assert leaf.is_empty()
-        assert not readable(events, timeout=0)
-
-
 def test_zombie_keeps_a_leaf_from_being_empty(instance: Instance) -> None:
     with instance.make_leaf(0) as leaf, child("") as process:
         leaf.attach(process.pid)
@@ -514,7 +502,6 @@ def test_leaf_without_v2_and_without_a_freezer_says_so(layout: Layout) -> None:
         assert instance.facts()["version"] == "v1"
         assert not instance.facts()["twin"]
         assert leaf.clone_fd is None
-        assert leaf.populated_fd is None
         with pytest.raises(OSError, match="freezer") as caught:
             leaf.freeze(True)
         assert caught.value.errno == errno.ENOTSUP
@@ -636,7 +623,7 @@ def test_close_kills_and_removes_everything(any_layout: Layout) -> None:
     leaf = instance.make_leaf(0)
     with child("signal.pause()") as cell, child("signal.pause()") as zygote:
         leaf.attach(cell.pid)
-        instance.zygotes_attach(zygote.pid)
+        attach_to_zygotes(instance, zygote.pid)
         assert instance.close() == []
         assert cell.wait(timeout=10) == zygote.wait(timeout=10) == -signal.SIGKILL
     assert instance.close() == []
@@ -665,7 +652,7 @@ def close_on_exec(fdinfo: Path) -> bool:
 def test_every_descriptor_is_close_on_exec(any_layout: Layout) -> None:
     before = inheritable()
     with Instance.create(any_layout, BOUNDS) as instance, instance.make_leaf(0) as leaf:
-        assert leaf.populated_fd != -1
+        assert leaf.name
         assert inheritable() == before
 
 
@@ -769,7 +756,9 @@ ENGINE = """
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     cell, zygote = subprocess.Popen(program, **quiet), subprocess.Popen(program, **quiet)
     leaf.attach(cell.pid)
-    instance.zygotes_attach(zygote.pid)
+    for path in instance.paths():
+        with open(f"{path}/zygotes/cgroup.procs", "w") as file:
+            file.write(str(zygote.pid))
     print(cell.pid, zygote.pid, *instance.paths(), flush=True)
     signal.pause()
 """
@@ -1134,15 +1123,3 @@ def test_numbers_of_control_files_are_parsed(tmp_path: Path) -> None:
     plain.write_text("8192\n")
     assert (only.last, only.now()) == (4096, 8192)
     fds.close()
-
-
-def test_notifier_is_readable_from_a_change_until_it_is_read(twin_instance: Instance) -> None:
-    with twin_instance.make_leaf(0) as leaf, child("signal.pause()") as process:
-        events = leaf.populated_fd
-        assert events is not None
-        assert leaf.populated_fd == events
-        leaf.attach(process.pid)
-        assert readable(events)
-        assert readable(events)
-        assert not leaf.is_frozen()
-        assert not readable(events, timeout=0)

@@ -40,13 +40,13 @@ def strict() -> Profile:
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the profiles that the cache had to compile."""
     names: list[str] = []
-    real = seccomp.compile
+    real = seccomp.compile_layers
 
-    def counting(profile: Profile) -> bytes:
+    def counting(profile: Profile) -> seccomp.Layers:
         names.append(profile.name)
         return real(profile)
 
-    monkeypatch.setattr(seccomp_cache, "compile", counting)
+    monkeypatch.setattr(seccomp_cache, "compile_layers", counting)
     return names
 
 
@@ -61,8 +61,8 @@ def stored(cache: Path) -> Path:
 
 
 def test_second_time_comes_from_the_cache(default: Profile, cache: Path, compiled: list[str]) -> None:
-    first = seccomp.cached_compile(default, cache)
-    assert seccomp.cached_compile(default, cache) == first
+    first = seccomp.cached_layers(default, cache)
+    assert seccomp.cached_layers(default, cache) == first
     assert compiled == ["default"]
     assert (cache.stat().st_mode & 0o7777, stored(cache).stat().st_mode & 0o7777) == (0o700, 0o600)
 
@@ -74,23 +74,23 @@ def test_mode_does_not_depend_on_the_umask(default: Profile, cache: Path) -> Non
         os.chmod(cache.parent, 0o755)  # noqa: S103 - the parent may be readable
         cache.mkdir()
         os.chmod(cache, 0o700)
-        seccomp.cached_compile(default, cache)
+        seccomp.cached_layers(default, cache)
     finally:
         os.umask(before)
     assert stored(cache).stat().st_mode & 0o7777 == 0o600
 
 
 def test_other_rules_have_another_file(default: Profile, strict: Profile, cache: Path, compiled: list[str]) -> None:
-    assert seccomp.cached_compile(default, cache) != seccomp.cached_compile(strict, cache)
+    assert seccomp.cached_layers(default, cache) != seccomp.cached_layers(strict, cache)
     assert compiled == ["default", "strict"]
 
 
 def test_another_libseccomp_has_another_file(
     default: Profile, cache: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seccomp.cached_compile(default, cache)
+    seccomp.cached_layers(default, cache)
     monkeypatch.setattr(seccomp_cache, "_library_identity", lambda: "another")
-    seccomp.cached_compile(default, cache)
+    seccomp.cached_layers(default, cache)
     assert compiled == ["default", "default"]
 
 
@@ -161,40 +161,40 @@ ODD: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("oddity", ODD)
 def test_odd_file_is_not_believed(default: Profile, cache: Path, compiled: list[str], oddity: str) -> None:
-    good = seccomp.cached_compile(default, cache)
+    good = seccomp.cached_layers(default, cache)
     ODD[oddity](stored(cache))
-    assert seccomp.cached_compile(default, cache) == good
+    assert seccomp.cached_layers(default, cache) == good
     assert compiled == ["default", "default"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("what", ["file", "directory"])
 def test_another_owner_is_not_believed(default: Profile, cache: Path, compiled: list[str], what: str) -> None:
-    good = seccomp.cached_compile(default, cache)
+    good = seccomp.cached_layers(default, cache)
     weaken(stored(cache))
     os.chown(stored(cache) if what == "file" else cache, 12345, 12345)
-    assert seccomp.cached_compile(default, cache) == good
+    assert seccomp.cached_layers(default, cache) == good
     assert compiled == ["default", "default"]
 
 
 def test_odd_file_is_replaced(default: Profile, cache: Path, compiled: list[str]) -> None:
-    seccomp.cached_compile(default, cache)
+    seccomp.cached_layers(default, cache)
     flip(stored(cache))
-    seccomp.cached_compile(default, cache)
-    seccomp.cached_compile(default, cache)
+    seccomp.cached_layers(default, cache)
+    seccomp.cached_layers(default, cache)
     assert compiled == ["default", "default"]
 
 
 def test_symlinked_directory_is_not_used(default: Profile, tmp_path: Path, compiled: list[str]) -> None:
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    seccomp.cached_compile(default, tmp_path / "link")
+    seccomp.cached_layers(default, tmp_path / "link")
     assert list((tmp_path / "real").iterdir()) == []
 
 
 def test_cache_that_cannot_be_made_is_no_error(default: Profile, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert seccomp.cached_compile(default, tmp_path / "file" / "cache") == seccomp.compile(default)
+    assert seccomp.cached_layers(default, tmp_path / "file" / "cache") == seccomp.compile_layers(default)
 
 
 def test_nothing_is_left_behind_when_writing_fails(
@@ -205,7 +205,7 @@ def test_nothing_is_left_behind_when_writing_fails(
 
     descriptors = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(os, "rename", refused)
-    seccomp.cached_compile(default, cache)
+    seccomp.cached_layers(default, cache)
     assert list(cache.iterdir()) == []
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
@@ -222,10 +222,10 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cached_program_needs_neither_pyseccomp_nor_ctypes(cache: Path, default: Profile) -> None:
-    seccomp.cached_compile(default, cache)
+    seccomp.cached_layers(default, cache)
     code = (
         "import sys; from pathlib import Path; from sandboxd import seccomp\n"
-        f"seccomp.cached_compile(seccomp.effective('default'), Path({str(cache)!r}))\n"
+        f"seccomp.cached_layers(seccomp.effective('default'), Path({str(cache)!r}))\n"
         "print([name for name in ('pyseccomp', 'ctypes', 'pydantic') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -456,14 +456,6 @@ def test_second_time_comes_from_the_cache(tmp_path: Path, compiled: list[str]) -
     assert compiled == ["default"]
 
 
-def test_whole_program_and_layers_have_files_of_their_own(tmp_path: Path) -> None:
-    profile, layers = layers_of("default")
-    whole = seccomp.cached_compile(profile, tmp_path / "cache")
-    assert seccomp.cached_layers(profile, tmp_path / "cache") == layers
-    assert seccomp.cached_compile(profile, tmp_path / "cache") == whole
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
 def test_another_list_has_another_file(tmp_path: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     profile, _ = layers_of("default")
     seccomp.cached_layers(profile, tmp_path / "cache")

@@ -23,6 +23,7 @@ from sandboxd.engine.cells.zygote_spawn import INSIDE
 from sandboxd.kernel import calls
 from sandboxd.kernel.stages import Stage, unavailable
 from sandboxd.rootfs import plan as rootfs
+from tests.support.rootfs import iterate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,7 +176,7 @@ def test_encoded_plan_is_what_the_c_side_reads() -> None:
         rootfs.Op(rootfs.Kind.DIR, "usr", mode=0o755),
         rootfs.Op(rootfs.Kind.FILE, "etc", data=b"text", mode=0o644),
     ]
-    assert [tuple(op) for op in rootfs.iterate(rootfs.encode(operations))] == [tuple(op) for op in operations]
+    assert [tuple(op) for op in iterate(rootfs.encode(operations))] == [tuple(op) for op in operations]
 
 
 def in_zygote(act: Callable[[socket.socket, socket.socket], object]) -> int:

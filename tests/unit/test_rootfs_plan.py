@@ -20,7 +20,8 @@ from sandboxd.rootfs import etc
 from sandboxd.rootfs import plan as rootfs
 from sandboxd.rootfs.hosttree import HostTree
 from sandboxd.rootfs.interpreter import Interpreter
-from sandboxd.rootfs.plan import DEVICES, Kind, Op, encode, iterate, plan_host
+from sandboxd.rootfs.plan import DEVICES, Kind, Op, encode, plan_host
+from tests.support.rootfs import iterate
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
