@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 from sandboxd.errors import PolicyError
 from sandboxd.limits import LIMITS, LimitValue, parse, shown
 from sandboxd.policy.files import NAME, file_of, find, installed, is_name, nearest, policies_dir, read
+from sandboxd.policy.locate import line_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -400,7 +401,7 @@ def meant(text: str, file: Path, named: bool = False) -> Policy:
     if named and loaded.name != file.stem:
         # Receipts and audit records would show another name than the one that was asked for.
         message = f"name: {loaded.name!r} differs from the file's name, {file.stem!r}."
-        raise PolicyError(message, str(file), _line(text, "name"), "name")
+        raise PolicyError(message, str(file), line_of(text, "name"), "name")
     chosen = loaded.seccomp
     if chosen.allow or chosen.deny or chosen.profile not in SHIPPED_PROFILES:
         from sandboxd import seccomp
@@ -415,7 +416,7 @@ def meant(text: str, file: Path, named: bool = False) -> Policy:
 def located(problem: PolicyError, file: Path) -> PolicyError:
     """*problem* with *file* and the line that sets its key, when another room found it in a policy already loaded."""
     if problem.file is None:
-        problem.file, problem.line = str(file), _line(read(file), problem.key or "")
+        problem.file, problem.line = str(file), line_of(read(file), problem.key or "")
     return problem
 
 
@@ -445,7 +446,7 @@ def parse_toml(text: str, file: str, default_name: str = "") -> tuple[Policy | N
         table.setdefault("name", default_name)
     policy, problems = _validated(table)
     for problem in problems:
-        problem.file, problem.line = file, _line(text, problem.key or "")
+        problem.file, problem.line = file, line_of(text, problem.key or "")
     problems.sort(key=lambda problem: problem.line or 0)
     return (None if problems else policy), problems
 
@@ -517,44 +518,3 @@ def _unknown_key(location: tuple[str, ...]) -> str:
     near = nearest(location[len(location) - 1], fields)
     hint = f"; did you mean {near!r}? Its keys" if near else "; its keys"
     return f"there is no such key in {what}{hint} are {', '.join(fields)}"
-
-
-def _line(text: str, key: str) -> int | None:
-    """The line of *text* (from 1) that sets *key*, a dotted path, or that of the nearest table above it; None if
-    neither.
-
-    tomllib keeps no positions. This reads headers and the start of ``key =`` lines, and skips strings of several
-    lines, which may hold anything; an array of several lines can only hold what looks like neither.
-    """
-    wanted = tuple(key.split("."))
-    table: tuple[str, ...] = ()
-    best: tuple[int, int | None] = (0, None)  # how many parts of the path matched, and where
-    closing = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if closing:
-            _, closed, rest = line.partition(closing)
-            closing = _opened(rest) if closed else closing
-            continue
-        header = re.match(r"\s*\[\[?([^\[\]]+)\]\]?\s*(#.*)?$", line)
-        setting = None if header else re.match(r"\s*([A-Za-z0-9_\-.\"' ]+?)\s*=", line)
-        if header:
-            table = path = _dotted(header[1])
-        elif setting:
-            path = (*table, *_dotted(setting[1]))
-        else:
-            continue
-        if path == wanted[: len(path)] and len(path) > best[0]:
-            best = (len(path), number)
-        if setting:
-            closing = _opened(line[setting.end() :])
-    return best[1]
-
-
-def _dotted(name: str) -> tuple[str, ...]:
-    return tuple(part.strip().strip("\"'") for part in name.split("."))
-
-
-def _opened(rest: str) -> str:
-    """The delimiter of a string of several lines that begins in *rest* and does not end there, else nothing."""
-    start = re.match(r"\s*(\"{3}|'{3})", rest)
-    return start[1] if start and start[1] not in rest[start.end() :] else ""
