@@ -11,10 +11,8 @@ little, and what belongs together is one call of C (native/engine/direct.c).
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import select
-import struct
 import sys
 import termios
 import time
@@ -26,11 +24,12 @@ from sandboxd.cgroup.numbers import Numbers
 from sandboxd.cgroup.reading import Reading
 from sandboxd.client.result import Isolation, Result
 from sandboxd.errors import ProtocolError
+from sandboxd.inside import channel
 from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
 from sandboxd.outcome.collected import Collected
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Evidence, parse_finished
-from sandboxd.protocol import channel, packets
+from sandboxd.protocol import cell_socket, packets
 
 if TYPE_CHECKING:
     import socket
@@ -47,19 +46,11 @@ SOURCE_BYTES: Final = 24 << 10
 STREAM_BYTES: Final = 1 << 16
 """What a pipe holds, pipe(7), unless an operator's profile lets programs make theirs larger (F_SETPIPE_SZ)."""
 FDS: Final = 8
-_HEAD: Final = struct.Struct("<Q")
-_quoted: Final = json.JSONEncoder().encode
 
 
 def message_of(source: str, args: Sequence[str], env: Mapping[str, str], results: bool) -> bytes:
     """What a cell is told to run."""
-    words = _quoted(list(args)) if args else "[]"
-    names = _quoted(dict(env)) if env else "{}"
-    wanted = "true" if results else "false"
-    text = (
-        f'{{"args":{words},"env":{names},"filename":"main.py","results":{wanted},"code":{_quoted(source)}}}'
-    ).encode()
-    return _HEAD.pack(len(text)) + text
+    return channel.program_message(list(args), dict(env), "main.py", results, source)
 
 
 class LeafView:
@@ -147,12 +138,12 @@ class LeasedCell:
         for patience in (FIRST_LOOK_SECONDS, PATIENCE_SECONDS):
             while poll.poll(max(0.0, self._started + patience - time.monotonic()) * 1000):
                 try:
-                    data = channel.read(end)  # one packet; not blocking, by the engine's setting
+                    data = cell_socket.read(end)  # one packet; not blocking, by the engine's setting
                 except BlockingIOError:
                     continue
-                except (OSError, channel.Descriptors):
+                except (OSError, cell_socket.Descriptors):
                     return b""
-                if data != b"P":
+                if data != channel.PARKED:
                     return data
             if self._is_stuck():
                 return b""

@@ -29,18 +29,16 @@ import traceback
 import types
 
 import _image  # type: ignore[import-not-found]  # beside this file, for the interpreter of the image
+import channel  # type: ignore[import-not-found]
 import toolcalls  # type: ignore[import-not-found]
+from channel import CHANNEL
 
 TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-CHANNEL = 3
-PACKET = 1 << 18
-PARKED = b"P"
 CO_NESTED = 0x10  # which a feature of 2.1 still names
-HEAD_BYTES = 8  # of the first packet: how long the request is, over all its packets
 NAME_CHARACTERS = 256
 INT_END = 1 << 31
 # The syntax tree as objects takes up to 250 bytes a character: of a longer source no last expression's value is kept.
@@ -51,7 +49,6 @@ MESSAGE_CHARACTERS = 4096
 TRACEBACK_CHARACTERS = 16384
 RESULT_CHARACTERS = 32768
 ENCODER = json.JSONEncoder(ensure_ascii=False)
-FRAME_BYTES = 180_000  # below the smallest usual socket buffer (net.core.wmem_default, 212992)
 
 
 def clip(text: str, characters: int) -> str:
@@ -326,7 +323,7 @@ class Program:
         frame = {"exit_code": self.exit_code, "error": self.error, "results": self.results}
         data = ENCODER.encode(frame).encode("utf-8", "backslashreplace")
         limit = RESULT_CHARACTERS
-        while len(data) > FRAME_BYTES and limit > 64:
+        while len(data) > channel.FINISHED_BYTES and limit > 64:
             limit //= 2
             if self.error:
                 self.error["traceback"] = clip(self.error["traceback"], limit)
@@ -493,24 +490,7 @@ def park(state: WarmState) -> None:
     if populated and not has_request():
         _image.populate(CHANNEL)  # what the warm-up touches: as long as nobody waits
     if not has_request():
-        os.write(CHANNEL, PARKED)  # last: what is used from now on is the run's
-
-
-def receive() -> dict[str, Any]:
-    """The engine's request: packets of one JSON object, the first led by its length."""
-    data = os.read(CHANNEL, PACKET)
-    size = int.from_bytes(data[:HEAD_BYTES], "little")
-    data = data[HEAD_BYTES:]
-    if len(data) < size:
-        parts, got = [data], len(data)
-        while got < size:
-            parts.append(os.read(CHANNEL, PACKET))
-            if not parts[-1]:
-                raise EOFError
-            got += len(parts[-1])
-        data = b"".join(parts)
-    request: dict[str, Any] = json.loads(data)
-    return request
+        os.write(CHANNEL, channel.PARKED)  # last: what is used from now on is the run's
 
 
 def main(state: WarmState) -> None:
@@ -519,7 +499,7 @@ def main(state: WarmState) -> None:
     program = None
     try:
         park(state)
-        program = Program(receive())
+        program = Program(channel.receive_program(CHANNEL))
         program.run()
         code = program.exit_code
         program.report()
@@ -534,12 +514,11 @@ def rehearse_all(state: WarmState) -> None:
     """What every cell does, from its settling to its frame. Descriptors 1 and 2 lead nowhere, 3 back to itself."""
     settle(state)
     for source in REHEARSAL[:FORESEEN]:
-        request = json.dumps({"args": [], "env": {}, "filename": "main.py", "results": True, "code": source}).encode()
-        os.write(CHANNEL, len(request).to_bytes(HEAD_BYTES, "little") + request)
-        program = Program(receive())
+        os.write(CHANNEL, channel.program_message([], {}, "main.py", True, source))
+        program = Program(channel.receive_program(CHANNEL))
         program.run()
         program.report()
-        os.read(CHANNEL, PACKET)
+        os.read(CHANNEL, channel.PACKET_BYTES)
 
 
 def touched(step: Callable[[], object]) -> tuple[set[int], set[int]]:

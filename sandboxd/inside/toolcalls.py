@@ -1,7 +1,7 @@
 """The cell's side of tool calls: the module ``tools`` that a program finds, and the channel that its calls take.
 
 Runs in the cell, as the program itself, behind every wall: what stands here is a convenience, no wall. The frames are
-those of sandboxd/protocol/toolframes.py. Who calls is known by the channel; nothing in a call says so.
+those of channel.py. Who calls is known by the channel; nothing in a call says so.
 
 Threads that wait for an answer take turns at the channel: one of them, the leader, reads for all, and hands over when
 its own answer is there. Tasks of a loop have a reader of the loop's, which reads when no thread does.
@@ -15,23 +15,27 @@ import functools
 import json
 import os
 import select
-import struct
 import sys
 import time
 import types
+
+from channel import (  # type: ignore[import-not-found]  # beside this file, for the interpreter of the image
+    ANSWER,
+    CALL,
+    CALL_BYTES,
+    CHANNEL,
+    OUTSTANDING,
+    PART_BYTES,
+    TOOL_HEAD,
+    TOOL_PACKET_BYTES,
+    tool_frame,
+)
 
 TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from typing import Any
 
-CHANNEL = 3
-HEAD = struct.Struct("<BBHII")
-MAGIC, CALL, ANSWER = 0x54, 1, 2
-PART_BYTES = 60 << 10
-PACKET_BYTES = HEAD.size + PART_BYTES
-CALL_BYTES = 1 << 20
-OUTSTANDING = 64  # calls at a time; more wait here for their turn
 SPIN_SECONDS = 0.0003
 LOOK_SECONDS = 0.2  # after which who waits looks whether it was forgotten
 ENDS = (errno.EBADF, errno.ECONNRESET, errno.ENOTCONN, errno.ENOTSOCK, errno.EPIPE)
@@ -142,7 +146,7 @@ class Line:
                 self.unsent = [number, 0, body]
                 self.send_parts()
             else:
-                self.write(HEAD.pack(MAGIC, CALL, 0, number, len(body)) + body)
+                self.write(tool_frame(CALL, number, body))
 
     def send_parts(self) -> None:
         """What is left of a call of several parts."""
@@ -150,7 +154,7 @@ class Line:
             number, index, body = self.unsent
             part = body[index * PART_BYTES : (index + 1) * PART_BYTES]
             if part:
-                self.write(HEAD.pack(MAGIC, CALL, index, number, len(body)) + part)
+                self.write(tool_frame(CALL, number, part, index, len(body)))
                 self.unsent[1] = index + 1
             else:
                 self.unsent = None
@@ -185,8 +189,8 @@ class Line:
 
     def read(self) -> None:
         """Take one packet and give it to whoever waits for it. Only the leader may."""
-        if len(self.packet) < PACKET_BYTES:
-            self.packet = bytearray(PACKET_BYTES)
+        if len(self.packet) < TOOL_PACKET_BYTES:
+            self.packet = bytearray(TOOL_PACKET_BYTES)
         packet = self.packet
         if not packet[0]:
             self.await_packet()
@@ -198,13 +202,13 @@ class Line:
         if not packet[0]:
             self.end()
             return
-        _, kind, index, number, total = HEAD.unpack_from(packet)
+        _, kind, index, number, total = TOOL_HEAD.unpack_from(packet)
         slot = self.slots.get(number)
         if kind == ANSWER and slot is not None:
             if index == 0:
                 slot.parts.clear()
             start = index * PART_BYTES
-            slot.parts[index] = bytes(packet[HEAD.size : HEAD.size + min(PART_BYTES, total - start)])
+            slot.parts[index] = bytes(packet[TOOL_HEAD.size : TOOL_HEAD.size + min(PART_BYTES, total - start)])
             if len(slot.parts) * PART_BYTES >= total:
                 self.answered(number, slot, b"".join(slot.parts[at] for at in sorted(slot.parts)))
         packet[0] = 0

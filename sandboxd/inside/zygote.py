@@ -222,7 +222,7 @@ def main() -> "program.WarmState | None":
     renew_stdin()
     sys.path[0] = "/workspace"
     sys.path_importer_cache.pop("/workspace", None)
-    for name in ("_cell", "_image", "inherited", "program", "toolcalls"):
+    for name in ("_cell", "_image", "channel", "inherited", "program", "toolcalls"):
         del sys.modules[name]
     find_randomness(state)
     os.register_at_fork = sys.modules["posix"].register_at_fork = real_register_at_fork  # type: ignore[attr-defined]

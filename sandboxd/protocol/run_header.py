@@ -15,12 +15,13 @@ from typing import Any, Final, cast
 
 from sandboxd.errors import InvalidRequest, PolicyError, ProtocolError
 from sandboxd.limits import LIMITS, LimitValue, resolved, shown
-from sandboxd.protocol.toolframes import CALLS_MOST, MODULE_BYTES
 
 __all__ = [
     "ARGS_ENV_MAX_BYTES",
+    "CALLS_MOST",
     "CODE_MAX_BYTES",
     "FILES_MAX",
+    "MODULE_BYTES",
     "Run",
     "check_args",
     "check_code",
@@ -39,6 +40,11 @@ ARGS_ENV_MAX_BYTES: Final = 128 << 10
 FILES_MAX: Final = 100_000
 DEPTH: Final = 64
 """Directories above a file in /workspace, in and out: each is a step of the kernel's walk for each file below it."""
+
+CALLS_MOST: Final = 1_000_000
+"""Tool calls that one run may make."""
+MODULE_BYTES: Final = 256 << 10
+"""The longest source text of a cell's tools."""
 
 _ENV_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _READ_TOO_EARLY: Final = ("LD_", "PYTHON", "GLIBC_TUNABLES", "MALLOC_")

@@ -344,7 +344,7 @@ class Dispatcher(Closing):
 
     def _answer(self, call: _Call, tool: Tool, value: Any) -> ToolResult:
         most = tool.max_result_bytes or self._result_bytes[call.caller]
-        # More than that no answer to code can hold (sandboxd/protocol/toolframes.py).
+        # More than that no answer to code can hold (sandboxd/inside/channel.py).
         return answers.of_value(tool, value, min(most, RESULT_BYTES["code"]) if call.run is not None else most)
 
     def _check_open(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from sandboxd.protocol.toolframes import ANSWER_BYTES, CALL_BYTES, OUTSTANDING
+from sandboxd.inside.channel import ANSWER_BYTES, CALL_BYTES, OUTSTANDING
 from sandboxd.tools import CODES, Budget, Dispatcher, tool
 from sandboxd.tools.code.kept import KEPT_RUNS
 from sandboxd.tools.code.offer import MOST_FILES

@@ -116,13 +116,13 @@ SENDS_DESCRIPTORS: Final = """
 
 @pytest.mark.kernel
 def test_descriptors_over_the_channel_cost_the_engine_nothing(sandbox: Sandbox) -> None:
-    from sandboxd.protocol import channel
+    from sandboxd.protocol import cell_socket
 
     with prompt(sandbox):
         result = run(sandbox, SENDS_DESCRIPTORS)
     assert result.status == "ok"
     # Where the kernel cannot refuse them, the engine disposes of them, and hears no more of that program.
-    assert result.stdout == ("0\n" if channel.may_carry_descriptors() else "3\n")
+    assert result.stdout == ("0\n" if cell_socket.may_carry_descriptors() else "3\n")
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["streamed", "kept"])

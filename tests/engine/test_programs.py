@@ -405,6 +405,12 @@ def test_programs_of_the_path_are_found(sandbox: Sandbox) -> None:
     assert result.stdout.startswith("/usr/bin/sh ")
 
 
+@pytest.mark.parametrize("name", ["channel", "inherited", "program", "toolcalls", "warmup", "zygote"])
+def test_program_imports_its_own_module_of_a_name_of_ours(sandbox: Sandbox, name: str) -> None:
+    result = inside(sandbox, f"import {name}\nprint({name}.__file__)", files={f"{name}.py": ""})
+    assert result.stdout == f"/workspace/{name}.py\n"
+
+
 def test_the_filename_is_the_callers(sandbox: Sandbox) -> None:
     result = sandbox.run("print(__file__)\n1/0", filename="my report.py")
     assert result.stdout == "/code/my report.py\n"

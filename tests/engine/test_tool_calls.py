@@ -21,7 +21,8 @@ import pytest
 from sandboxd import AsyncSandbox, Limits, ProtocolError, Sandbox
 from sandboxd.cgroup import discover
 from sandboxd.errors import Unavailable
-from sandboxd.protocol import toolframes
+from sandboxd.inside import channel
+from sandboxd.protocol.run_header import MODULE_BYTES
 from sandboxd.tools.code import link
 from sandboxd.tools.code.link import RunTools, ToolCall
 from sandboxd.tools.pipeline.running import NoThread
@@ -880,17 +881,17 @@ def test_answer_of_garbage_harms_the_program_alone(tools: Tools) -> None:
 
 # --- hostile clients ----------------------------------------------------------------------------------------------
 
-PART = b"x" * toolframes.PART_BYTES
+PART = b"x" * channel.PART_BYTES
 GARBAGE = [
     ("too-short", b"T"),
-    ("not-a-kind", toolframes.frame(9, 1)),
-    ("a-call", toolframes.frame(toolframes.CALL, 1, b"{}")),
-    ("frozen", toolframes.frame(toolframes.FROZEN, 1)),
-    ("an-answer-to-nobody", toolframes.frame(toolframes.ANSWER, 4711, b"{}")),
-    ("a-freeze-for-nobody", toolframes.frame(toolframes.FREEZE, 4711)),
-    ("too-long", toolframes.frame(toolframes.ANSWER, 1, PART, total=toolframes.ANSWER_BYTES + 1)),
-    ("from-the-middle", toolframes.frame(toolframes.ANSWER, 1, PART, index=1, total=200_000)),
-    ("longer-than-it-says", toolframes.frame(toolframes.ANSWER, 1, b"{}", total=1)),
+    ("not-a-kind", channel.tool_frame(9, 1)),
+    ("a-call", channel.tool_frame(channel.CALL, 1, b"{}")),
+    ("frozen", channel.tool_frame(channel.FROZEN, 1)),
+    ("an-answer-to-nobody", channel.tool_frame(channel.ANSWER, 4711, b"{}")),
+    ("a-freeze-for-nobody", channel.tool_frame(channel.FREEZE, 4711)),
+    ("too-long", channel.tool_frame(channel.ANSWER, 1, PART, total=channel.ANSWER_BYTES + 1)),
+    ("from-the-middle", channel.tool_frame(channel.ANSWER, 1, PART, index=1, total=200_000)),
+    ("longer-than-it-says", channel.tool_frame(channel.ANSWER, 1, b"{}", total=1)),
 ]
 
 
@@ -914,7 +915,7 @@ def test_garbage_of_the_host_ends_its_tools_and_not_the_run(tools: Tools, garbag
 def test_half_an_answer_is_replaced_when_the_host_leaves(tools: Tools) -> None:
     def half(body: bytes, run: ToolCall) -> bytes:
         assert run.run._sock is not None
-        run.run._sock.send(toolframes.frame(toolframes.ANSWER, 1, PART, total=200_000))
+        run.run._sock.send(channel.tool_frame(channel.ANSWER, 1, PART, total=200_000))
         run.run.end()
         return b""
 
@@ -927,7 +928,7 @@ def test_half_an_answer_is_replaced_when_the_host_leaves(tools: Tools) -> None:
     tools.says(code, "unavailable", call=half)
 
 
-@pytest.mark.parametrize("kind", [toolframes.ANSWER, toolframes.FREEZE])
+@pytest.mark.parametrize("kind", [channel.ANSWER, channel.FREEZE])
 def test_call_is_not_answered_before_it_is_whole(sandbox: Sandbox, kind: int) -> None:
     spoken = threading.Event()
 
@@ -937,8 +938,8 @@ def test_call_is_not_answered_before_it_is_whole(sandbox: Sandbox, kind: int) ->
             threading.Thread(target=self.speak, daemon=True).start()
 
         def speak(self) -> None:
-            self.sock.recv(toolframes.PACKET_BYTES)  # the first part of four
-            self.sock.send(toolframes.frame(kind, 7, b"{}" if kind == toolframes.ANSWER else b""))
+            self.sock.recv(channel.TOOL_PACKET_BYTES)  # the first part of four
+            self.sock.send(channel.tool_frame(kind, 7, b"{}" if kind == channel.ANSWER else b""))
             spoken.set()
 
         def end(self) -> None:
@@ -967,7 +968,7 @@ print(answers()[0]["error"]["code"])
 def test_answers_may_not_be_mixed(tools: Tools) -> None:
     def mixed(body: bytes, run: ToolCall) -> bytes:
         assert run.run._sock is not None
-        run.run._sock.send(toolframes.frame(toolframes.ANSWER, 1, PART, total=200_000))
+        run.run._sock.send(channel.tool_frame(channel.ANSWER, 1, PART, total=200_000))
         return answer("in between")
 
     code = """
@@ -1006,7 +1007,7 @@ def test_host_that_never_reads_holds_up_nothing_but_its_run(sandbox: Sandbox) ->
 
 def test_text_of_the_tools_is_bounded(sandbox: Sandbox) -> None:
     with pytest.raises(ProtocolError, match="out of bounds"):
-        sandbox._run_with_tools("1", RunTools("#" * (toolframes.MODULE_BYTES + 1), 1, echo))
+        sandbox._run_with_tools("1", RunTools("#" * (MODULE_BYTES + 1), 1, echo))
 
 
 # --- the host's program -------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from typing_extensions import TypedDict
 
-from sandboxd.protocol.toolframes import MODULE_BYTES
+from sandboxd.protocol.run_header import MODULE_BYTES
 from sandboxd.tools import Tool, tool
 from sandboxd.tools.schema.stubs import cell_module, prompt_stubs, signature
 

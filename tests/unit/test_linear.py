@@ -35,10 +35,11 @@ from sandboxd.engine.audit.tool_calls import CallRecords
 from sandboxd.engine.cells.workspace import collect
 from sandboxd.engine.clients import connection
 from sandboxd.engine.runs.tool_relay import ToolRelay
+from sandboxd.inside import channel
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import parse_finished
 from sandboxd.protocol import packets as protocol
-from sandboxd.protocol import run_header, toolframes
+from sandboxd.protocol import run_header
 from sandboxd.protocol.packets import Packet
 from sandboxd.tools import result as outcome
 from sandboxd.tools import tool
@@ -384,7 +385,7 @@ def heard(packets: list[bytes]) -> object:
 
 
 def calls_of(n: int, body: bytes) -> list[bytes]:
-    return [part for number in range(n) for part in toolframes.parts(toolframes.CALL, number, body)]
+    return [part for number in range(n) for part in channel.tool_frames(channel.CALL, number, body)]
 
 
 BEGUN = b'{"tool": "query", "arguments": '

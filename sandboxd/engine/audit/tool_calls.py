@@ -7,13 +7,14 @@ and hash of the whole. Nothing here judges: what is no JSON is recorded as the t
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.audit.record import CAP_BYTES, Excerpt
 from sandboxd.errors import ProtocolError
-from sandboxd.protocol import toolframes
+from sandboxd.inside.channel import CALL_BEGINS
 from sandboxd.protocol.packets import loads
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ __all__ = ["CallRecords"]
 
 BODIES_BYTES: Final = 4 << 20
 """Of a run's tool calls in the record, arguments and results together."""
+_BEGINS: Final = re.compile(CALL_BEGINS)
 
 
 class CallRecords:
@@ -73,7 +75,7 @@ class CallRecords:
             return
         begun, call = found
         asked, said = call.json(), None if answer is None else answer.json()
-        name = toolframes.BEGINNING.match(call.text)  # the engine passes nothing on that begins otherwise
+        name = _BEGINS.match(call.text)  # the engine passes nothing on that begins otherwise
         record: dict[str, Any] = {"tool": None if name is None else name[1].decode("ascii"), "caller": "code"}
         is_call = isinstance(asked, dict) and asked.keys() == {"tool", "arguments"}
         record["arguments"] = self._shown(call, is_call, asked["arguments"] if is_call else None)

@@ -34,9 +34,10 @@ from sandboxd.engine.cells.resources import SPARE_DESCRIPTORS
 from sandboxd.engine.cells.state import Event, Life, State
 from sandboxd.errors import Unavailable
 from sandboxd.ids.ranges import ZYGOTE_ID
+from sandboxd.inside.channel import PACKET_BYTES, PARKED
 from sandboxd.kernel import calls
 from sandboxd.kernel.stages import unavailable
-from sandboxd.protocol import channel
+from sandboxd.protocol import cell_socket
 
 if TYPE_CHECKING:
     import socket
@@ -58,9 +59,8 @@ HELLO_SECONDS: Final = 10.0
 LAST_PACKETS: Final = 1024
 """Of a dead cell's, before its finished frame: far more than a program has under way, and read in some ms."""
 SOURCE_NAME: Final = "main.py"
-_PARKED: Final = b"P"
 # Room that is there already: a fresh 256 KiB would be mapped and unmapped for each packet.
-_room: Final = bytearray(channel.FRAME_BYTES)
+_room: Final = bytearray(PACKET_BYTES)
 
 
 class Watched(enum.IntEnum):
@@ -207,7 +207,7 @@ class Cell:
             return
         try:
             self.channel = fds.take_channel()
-            channel.refuse_descriptors(self.channel)
+            cell_socket.refuse_descriptors(self.channel)
             poll = self._poll = select.epoll()
             self._watch(self.channel.fileno(), Watched.CHANNEL)
             self._source = workspace.make_source(self.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
@@ -345,8 +345,8 @@ class Cell:
             if self.channel is None:
                 return
             try:
-                data = channel.receive(self.channel, _room, self._account)
-            except (OSError, channel.Descriptors):
+                data = cell_socket.receive(self.channel, _room, self._account)
+            except (OSError, cell_socket.Descriptors):
                 return
             if not data:
                 return
@@ -377,10 +377,10 @@ class Cell:
     def _speaks(self) -> None:
         assert self.channel is not None  # noqa: S101
         try:
-            data = channel.receive(self.channel, _room, self._account)
+            data = cell_socket.receive(self.channel, _room, self._account)
         except BlockingIOError:
             return
-        except channel.Descriptors:
+        except cell_socket.Descriptors:
             log.info("a program sent descriptors over its channel, and is heard no more")
             data = b""
         except OSError:
@@ -395,7 +395,7 @@ class Cell:
             return  # its end is told by who reaps it
         elif state is State.SEALING:
             self._hello(data)
-        elif state is State.SEALED and data == _PARKED and not self.is_parked:
+        elif state is State.SEALED and data == PARKED and not self.is_parked:
             if self._events is None:
                 self.leaf.begin()
                 self.is_parked = True
@@ -541,7 +541,7 @@ class Cell:
             fds += self.fds.take()
         end, self.channel = self.channel, None
         if end is not None:
-            if channel.may_carry_descriptors():
+            if cell_socket.may_carry_descriptors():
                 disposal.close_socket(end, self._account)
             else:
                 end.close()

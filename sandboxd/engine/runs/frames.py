@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 from sandboxd.engine.runs.freezer import Freezer, Waiter
 from sandboxd.engine.runs.tool_relay import ToolRelay
 from sandboxd.errors import ProtocolError
+from sandboxd.inside import channel
 from sandboxd.outcome.judge import Finished, parse_finished
-from sandboxd.protocol import toolframes
 
 if TYPE_CHECKING:
     from sandboxd.engine.audit.tool_calls import CallRecords
@@ -64,11 +64,11 @@ class FrameReader:
         """One packet, or b"" at the end of the channel; whether it was the finished frame."""
         if not data or self.finished is not None:
             return False  # the end of the channel: its process tells the rest
-        if data == b"P" and not self._parked_said:
+        if data == channel.PARKED and not self._parked_said:
             self._parked_said = True  # it crossed with the program
             return False
         try:
-            if data[0] == toolframes.MAGIC and self._has_tools:
+            if data[0] == channel.TOOL_MAGIC and self._has_tools:
                 if self._relay is not None:
                     self._relay.from_cell(data)
                 return False

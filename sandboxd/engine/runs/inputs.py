@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import socket
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from sandboxd._util.fdwait import in_thread
 from sandboxd.engine.cells import workspace
+from sandboxd.inside.channel import program_message
 
 if TYPE_CHECKING:
     from sandboxd.engine.cells.cell import Cell
@@ -23,13 +23,10 @@ __all__ = ["Inputs"]
 
 log = logging.getLogger("sandboxd.engine")
 
-MESSAGE_HEAD_BYTES: Final = 8
 PACKET_BYTES: Final = 1 << 16
 STDIN_BYTES: Final = 1 << 20
 WRITES: Final = 16
 """In one iteration of the loop."""
-INLINE_CHARACTERS: Final = 24 << 10
-"""A source up to this length travels with the arguments, too: the cell need not read the file."""
 LOOP_CHARACTERS: Final = 1 << 18
 """A longer source, and input files, are written by another thread than the loop's."""
 
@@ -64,18 +61,9 @@ class Inputs:
             cell.fds.close("stdin")
         else:
             self._stdin = request.stdin
-        message: dict[str, Any] = {
-            "args": list(request.args),
-            "env": request.env,
-            "filename": request.filename,
-            "results": request.results,
-        }
-        if len(request.code) <= INLINE_CHARACTERS:
-            message["code"] = request.code
-        if request.tools is not None:
-            message["tools"] = request.tools.module
-        text = json.dumps(message).encode()
-        self._message = memoryview(len(text).to_bytes(MESSAGE_HEAD_BYTES, "little") + text)
+        tools = None if request.tools is None else request.tools.module
+        message = program_message(request.args, request.env, request.filename, request.results, request.code, tools)
+        self._message = memoryview(message)
         self._request = None  # it may hold many megabytes
 
     async def settle(self, ended: asyncio.Future[None]) -> None:

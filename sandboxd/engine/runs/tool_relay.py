@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import time
 from typing import TYPE_CHECKING, Final, Protocol
 
 from sandboxd.errors import ProtocolError
-from sandboxd.protocol import toolframes
+from sandboxd.inside import channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,13 +31,14 @@ log = logging.getLogger("sandboxd.engine")
 
 REFUSALS: Final = 10_000
 """Calls that are refused here, and parts that come twice, before a run is heard no more."""
-_room: Final = bytearray(toolframes.PACKET_BYTES + 1)
+_BEGINS: Final = re.compile(channel.CALL_BEGINS)
+_room: Final = bytearray(channel.TOOL_PACKET_BYTES + 1)
 _view: Final = memoryview(_room)
 PACKETS: Final = 16
 """Of the host's, before it is somebody else's turn."""
 BUSY: Final = (
     "busy",
-    f"{toolframes.OUTSTANDING} calls of this run are under way already.",
+    f"{channel.OUTSTANDING} calls of this run are under way already.",
     "Wait for some of them to return before you make more.",
 )
 FORMLESS: Final = (
@@ -122,8 +124,8 @@ class ToolRelay:
             self._count(begun)
 
     def _from_cell(self, data: bytes) -> None:
-        head = toolframes.parse(data, toolframes.CALL_BYTES)
-        if head.kind != toolframes.CALL:
+        head = _head(data, channel.CALL_BYTES)
+        if head.kind != channel.CALL:
             raise ProtocolError("a cell's frame that is no call")
         # A program that is interrupted while it sends a part cannot know whether that has gone, and sends it again.
         this, before = (head.number, head.index), self._heard_last
@@ -139,11 +141,11 @@ class ToolRelay:
             number, index, refusal = self._calling
             if head.number != number or head.index != index:
                 raise ProtocolError("a call in the middle of another one")
-        last = (head.index + 1) * toolframes.PART_BYTES >= head.total
+        last = (head.index + 1) * channel.PART_BYTES >= head.total
         self._calling = None if last else (head.number, head.index + 1, refusal)
         if refusal is None:
             if self._records is not None:
-                self._records.call(head.number, data[toolframes.HEAD.size :], head.index)
+                self._records.call(head.number, data[channel.TOOL_HEAD.size :], head.index)
             self._send_host(data)
         elif last:
             if self._records is not None:
@@ -156,7 +158,7 @@ class ToolRelay:
             raise ProtocolError("a call's number is in use")
         if self._dead:
             refusal = GONE
-        elif not toolframes.BEGINNING.match(data, toolframes.HEAD.size):
+        elif not _BEGINS.match(data, channel.TOOL_HEAD.size):
             refusal = FORMLESS
         elif not self._left:
             refusal = (
@@ -164,7 +166,7 @@ class ToolRelay:
                 f"This run has made all of its {self._total} tool calls.",
                 "Ask for more at once in fewer calls, or print what you have and go on in another run.",
             )
-        elif len(self._open) >= toolframes.OUTSTANDING:
+        elif len(self._open) >= channel.OUTSTANDING:
             refusal = BUSY
         else:
             self._left -= 1
@@ -227,23 +229,23 @@ class ToolRelay:
                 return
 
     def _from_host(self, data: bytes) -> None:
-        head = toolframes.parse(data, toolframes.ANSWER_BYTES)
+        head = _head(data, channel.ANSWER_BYTES)
         if self._answering is not None:
-            if (head.kind, head.number, head.index) != (toolframes.ANSWER, *self._answering):
+            if (head.kind, head.number, head.index) != (channel.ANSWER, *self._answering):
                 raise ProtocolError("an answer in the middle of another one")
         elif head.number not in self._open or head.index or self._is_incomplete(head.number):
             raise ProtocolError("an answer to no call")
-        if head.kind == toolframes.FREEZE:
+        if head.kind == channel.FREEZE:
             self._freeze(head.number)
-        elif head.kind == toolframes.THAW:
+        elif head.kind == channel.THAW:
             self._thaw(head.number)
-        elif head.kind == toolframes.ANSWER:
+        elif head.kind == channel.ANSWER:
             if self._answering is None:
                 self._over(head.number)
-            last = (head.index + 1) * toolframes.PART_BYTES >= head.total
+            last = (head.index + 1) * channel.PART_BYTES >= head.total
             self._answering = None if last else (head.number, head.index + 1)
             if self._records is not None:
-                self._records.answer(head.number, data[toolframes.HEAD.size :], last)
+                self._records.answer(head.number, data[channel.TOOL_HEAD.size :], last)
             self._send_cell(data)
         else:
             raise ProtocolError("a frame that is not the host's to send")
@@ -272,7 +274,7 @@ class ToolRelay:
             return
         if why:
             self._thaw(number)
-        self._send_host(toolframes.frame(toolframes.FROZEN, number, why.encode("utf-8", "replace")[:1024]))
+        self._send_host(channel.tool_frame(channel.FROZEN, number, why.encode("utf-8", "replace")[:1024]))
 
     def _thaw(self, number: int) -> None:
         if number in self._frozen:
@@ -305,7 +307,7 @@ class ToolRelay:
         code, message, hint = refusal
         error = {"code": code, "message": message, "hint": hint}
         body = json.dumps({"ok": False, "value": None, "error": error}).encode()
-        self._send_cell(toolframes.frame(toolframes.ANSWER, number, body))
+        self._send_cell(channel.tool_frame(channel.ANSWER, number, body))
 
     def _send_cell(self, data: bytes) -> None:
         self._to_cell.append(data)
@@ -391,3 +393,11 @@ class ToolRelay:
         self._frozen.clear()
         if self._records is not None:
             self._records.close()
+
+
+def _head(data: bytes, most_bytes: int) -> channel.ToolHead:
+    """The head of a packet that may be hostile. Raises ProtocolError."""
+    try:
+        return channel.parse_tool_frame(data, most_bytes)
+    except channel.FrameError as error:
+        raise ProtocolError(str(error)) from None

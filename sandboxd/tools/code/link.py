@@ -19,7 +19,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.errors import ProtocolError, Unavailable
-from sandboxd.protocol import toolframes
+from sandboxd.inside import channel
 from sandboxd.tools.pipeline.running import NoThread, Threads
 
 if TYPE_CHECKING:
@@ -141,21 +141,21 @@ class RunTools:
         """The next call, whole; None at the end. This thread waits until it has one, and then no more."""
         while True:
             try:
-                data = sock.recv(toolframes.PACKET_BYTES)
+                data = sock.recv(channel.TOOL_PACKET_BYTES)
             except OSError:
                 data = b""
             call = None
             if data:
                 try:
                     call = self._take(data)
-                except ProtocolError as error:
+                except (channel.FrameError, ProtocolError) as error:
                     log.warning("a run's tool calls: the engine sent %s", error)
                     data = b""
             if data and call is None:
                 continue
             with self._lock:
                 self._waiting -= 1
-                more = bool(data) and not self._waiting and self._threads <= toolframes.OUTSTANDING
+                more = bool(data) and not self._waiting and self._threads <= channel.OUTSTANDING
                 if more:
                     self._waiting += 1
                     self._threads += 1
@@ -172,21 +172,21 @@ class RunTools:
 
     def _take(self, data: bytes) -> tuple[int, bytes] | None:
         """A packet; the call that it completes."""
-        head = toolframes.parse(data, toolframes.CALL_BYTES)
-        body = data[toolframes.HEAD.size :]
-        if head.kind == toolframes.FROZEN:
+        head = channel.parse_tool_frame(data, channel.CALL_BYTES)
+        body = data[channel.TOOL_HEAD.size :]
+        if head.kind == channel.FROZEN:
             with self._lock:
                 answer = self._frozen.get(head.number)
             if answer is not None:
                 answer.give(body)
             return None
-        if head.kind != toolframes.CALL:
+        if head.kind != channel.CALL:
             raise ProtocolError("a frame that is not an engine's to send")
         if head.body == head.total:
             return head.number, body
         with self._lock:  # the parts of a call may come to several threads
             found, missing = self._partial.setdefault(head.number, (bytearray(head.total), [head.total]))
-            start = head.index * toolframes.PART_BYTES
+            start = head.index * channel.PART_BYTES
             found[start : start + head.body] = body
             missing[0] -= head.body
             if missing[0] > 0:
@@ -195,12 +195,12 @@ class RunTools:
         return head.number, bytes(found)
 
     def _answer(self, sock: socket.socket, number: int, body: bytes) -> None:
-        if len(body) > toolframes.ANSWER_BYTES:
+        if len(body) > channel.ANSWER_BYTES:
             raise ValueError("an answer to a tool call is longer than may be")
         with contextlib.suppress(OSError), self._sending:  # the run is over: nobody wants it any more
             # A frozen cell takes nothing, and what waits for it would stand before the thaw.
             self._sending.wait_for(lambda: not self._frozen or self._ended)
-            for packet in toolframes.parts(toolframes.ANSWER, number, body):
+            for packet in channel.tool_frames(channel.ANSWER, number, body):
                 sock.send(packet, socket.MSG_NOSIGNAL)
 
     @contextlib.contextmanager
@@ -231,7 +231,7 @@ class RunTools:
                     self._frozen[number] = answer
                     if self._ended:
                         answer.give(OVER)
-                sock.send(toolframes.frame(toolframes.FREEZE, number), socket.MSG_NOSIGNAL)
+                sock.send(channel.tool_frame(channel.FREEZE, number), socket.MSG_NOSIGNAL)
             why = answer.wait()
             if why:
                 fix = "" if why == OVER else "see sandboxd doctor: the cgroup freezer is needed"
@@ -244,7 +244,7 @@ class RunTools:
                 with self._lock:
                     self._frozen.pop(number, None)
                 with contextlib.suppress(OSError):
-                    sock.send(toolframes.frame(toolframes.THAW, number), socket.MSG_NOSIGNAL)
+                    sock.send(channel.tool_frame(channel.THAW, number), socket.MSG_NOSIGNAL)
                 self._sending.notify_all()
 
     def _is_over(self, sock: socket.socket) -> bool:

@@ -24,7 +24,7 @@ from sandboxd.errors import (
     SandboxError,
     Unavailable,
 )
-from sandboxd.protocol.toolframes import CALLS_MOST
+from sandboxd.protocol.run_header import CALLS_MOST
 from sandboxd.tools.code import offer, view
 from sandboxd.tools.code.advice import Surroundings, advice, missing_module
 from sandboxd.tools.code.kept import Kept

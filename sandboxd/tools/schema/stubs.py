@@ -11,7 +11,7 @@ import re
 import unicodedata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sandboxd.protocol.toolframes import MODULE_BYTES
+from sandboxd.protocol.run_header import MODULE_BYTES
 from sandboxd.tools.schema.annotations import Names, Record, Types, explained, is_object, spelled_value
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The near end of a cell's channel: packets come in, descriptors never.
+"""The engine's end of a cell's channel: packets come in, descriptors never. What they hold: sandboxd/inside/channel.py.
 
 Nobody has a reason to pass a descriptor over it. One that comes is closed by whoever receives it, or closes the socket
 with the packet in its queue; a program would so make the engine's thread free a memfd as large as its memory limit,
@@ -15,11 +15,10 @@ import socket
 from typing import Final
 
 from sandboxd._util import disposal
+from sandboxd.inside.channel import PACKET_BYTES
 
-__all__ = ["FRAME_BYTES", "Descriptors", "may_carry_descriptors", "read", "receive", "refuse_descriptors"]
+__all__ = ["Descriptors", "may_carry_descriptors", "read", "receive", "refuse_descriptors"]
 
-FRAME_BYTES: Final = 1 << 18
-"""The longest packet that is read whole."""
 _SO_PASSRIGHTS: Final = 83
 
 
@@ -67,9 +66,9 @@ def receive(sock: socket.socket, room: bytearray, owner: object) -> bytes:
 def read(fd: int) -> bytes:
     """As ``receive``, for who holds the descriptor only."""
     if not may_carry_descriptors():
-        return os.read(fd, FRAME_BYTES)
+        return os.read(fd, PACKET_BYTES)
     sock = socket.socket(fileno=fd)
     try:
-        return receive(sock, bytearray(FRAME_BYTES), None)
+        return receive(sock, bytearray(PACKET_BYTES), None)
     finally:
         sock.detach()
