@@ -3,9 +3,8 @@
 Runs in the cell, every wall up, as the cell's own uid. Descriptors: 0 to 2 the program's streams, 3 the channel to the
 engine. What is said here is the program's word only: limits, times and kills are the engine's to know.
 
-A cell is forked ahead of its request. First it becomes a process of its own (`settle`), then, unless the request is
-there already, it has made the memory its own that a run touches (`park`), and says so with the packet ``P``. What the
-zygote prepares for all its cells is a `WarmState`.
+A cell is forked ahead of its request, and made ready for it (warmup.py): above all it becomes a process of its own
+(`settle`). What the zygote prepares for all its cells is a `WarmState`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ import _thread
 import ast
 import atexit
 import builtins
-import functools
 import gc
 import io
 import json
-import linecache
 import os
 import stat
 import sys
@@ -35,7 +32,7 @@ from channel import CHANNEL
 
 TYPE_CHECKING = False  # typing itself is not imported here: every cell would carry it
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
 CO_NESTED = 0x10  # which a feature of 2.1 still names
@@ -369,7 +366,7 @@ class WarmState:
         for statement in ast.parse(source, "<warmup>").body:
             self.warmup.append(compile(ast.Module([statement], []), "<warmup>", "exec"))
 
-    def warm_up(self, stop: Callable[[], bool]) -> bool:
+    def run_warmup(self, stop: Callable[[], bool]) -> bool:
         """Run it in names that are thrown away. False when *stop* said so in between."""
         names = {"__name__": "__warmup__"}
         for statement in self.warmup:
@@ -428,77 +425,12 @@ def settle(state: WarmState) -> None:
                 continue
 
 
-REHEARSAL = (
-    "1+1",
-    "for n in range(2):\n    print(n, f'{n:>2}')\n[str(n) for n in range(2)]",
-    "def half(n):\n    return 1 / n\nhalf(0)",
-)
-PAGE_SHIFT = 12
-NOTHING = bytes(16)  # a range that ends the part which a cell does before it is parked
-STEP_SECONDS = 10  # for a statement of the warm-up that does not end
-OWN_PAGES = 1350
-FORESEEN = 2  # of the programs; a traceback alone takes half a megabyte, and whoever waits for one has time
-
-
-def rehearse(stop: Callable[[], bool]) -> bool:
-    """Run small programs through all that a program goes through, with nothing to be seen of it afterwards: caches of
-    the interpreter are filled, pages are this process's own. False when *stop* said so in between.
-    """
-    main, streams = sys.modules["__main__"], (sys.stdout, sys.stderr)
-    argv, orig_argv = sys.argv, sys.orig_argv[:]
-    path = "/code/main.py"
-    try:
-        for source in REHEARSAL:
-            if stop():
-                return False
-            sys.stdout = sys.stderr = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", line_buffering=True)
-            request = {"args": [], "env": {}, "filename": "main.py", "results": True, "code": source}
-            program = Program(json.loads(json.dumps(request)))
-            try:
-                program.execute()
-            except ZeroDivisionError as error:
-                program.ended_by(error)
-            program.flush()
-            program.let_go()
-            program.finished()
-    finally:
-        sys.modules["__main__"] = main
-        sys.stdout, sys.stderr = streams
-        sys.argv, sys.orig_argv[:] = argv, orig_argv
-        linecache.cache.pop(path, None)
-    return True
-
-
-def has_request() -> bool:
-    """Whether the engine has spoken, or is gone."""
-    waiting: bool = _image.waiting(CHANNEL)
-    return waiting
-
-
-def park(state: WarmState) -> None:
-    """Become a process of its own; unless the request is there, make ready what every run touches and say so."""
-    # The pages that the zygote foresaw, all at once, before the first of them is missed.
-    populated = not has_request() and _image.populate(CHANNEL)
-    settle(state)
-    if state.hurry:
-        return
-    if not populated:
-        if not rehearse(has_request):
-            return
-        if not state.warm_up(has_request):
-            return
-    if populated and not has_request():
-        _image.populate(CHANNEL)  # what the warm-up touches: as long as nobody waits
-    if not has_request():
-        os.write(CHANNEL, channel.PARKED)  # last: what is used from now on is the run's
-
-
-def main(state: WarmState) -> None:
-    """From the fork to the end of the process; never returns."""
+def main(ready: Callable[[], None]) -> None:
+    """From the fork to the end of the process; never returns. *ready* prepares it for a program, see warmup.park()."""
     code = 1
     program = None
     try:
-        park(state)
+        ready()
         program = Program(channel.receive_program(CHANNEL))
         program.run()
         code = program.exit_code
@@ -508,81 +440,3 @@ def main(state: WarmState) -> None:
         code = code or (program.exit_code if program else 1)
     finally:
         os._exit(code)
-
-
-def rehearse_all(state: WarmState) -> None:
-    """What every cell does, from its settling to its frame. Descriptors 1 and 2 lead nowhere, 3 back to itself."""
-    settle(state)
-    for source in REHEARSAL[:FORESEEN]:
-        os.write(CHANNEL, channel.program_message([], {}, "main.py", True, source))
-        program = Program(channel.receive_program(CHANNEL))
-        program.run()
-        program.report()
-        os.read(CHANNEL, channel.PACKET_BYTES)
-
-
-def touched(step: Callable[[], object]) -> tuple[set[int], set[int]]:
-    """Which pages a child makes its own and which it maps while it does *step*, by number; none when that fails."""
-    own: set[int] = set()
-    mapped: set[int] = set()
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            sys.modules["_signal"].alarm(STEP_SECONDS)
-            step()
-            _image.record(write)
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, "rb") as file:
-        data = file.read()
-    os.waitpid(pid, 0)
-    words = memoryview(data[: len(data) & ~15]).cast("Q")
-    for start, end in zip(words[::2], words[1::2], strict=True):
-        (own if start & 1 else mapped).update(range(start >> PAGE_SHIFT, end >> PAGE_SHIFT))
-    return own, mapped
-
-
-def survey_cell(state: WarmState) -> bytes:
-    """In a child of the zygote that serves nobody: what every cell will touch, in the form of _image.record()."""
-    own, mapped = touched(lambda: rehearse_all(state))
-    return b"".join((*as_ranges(own, 1), *as_ranges(mapped - own, 0)))
-
-
-def survey_warmup(state: WarmState, most: int) -> bytes:
-    """In such a child: what the warm-up touches beyond that, behind the mark of a new part; enough to make *most* own
-    pages in all: those that many of its statements need, the first of them above all.
-    """
-    own, mapped = touched(lambda: rehearse_all(state))
-    wanted: dict[int, float] = {}
-    seen: dict[int, int] = {}
-    names = {"__name__": "__warmup__"}
-    for rank, statement in enumerate(state.warmup, 1):
-        step = functools.partial(exec, statement, names)
-        its_own, its_mapped = touched(step)
-        for page in its_own:
-            wanted[page] = wanted.get(page, 0.0) + 1 / rank
-        for page in its_mapped:
-            seen[page] = seen.get(page, 0) + 1
-        try:
-            step()
-        except Exception:
-            break  # as in a cell
-    warm = {page for page in wanted if page not in own}
-    if len(warm) > most - len(own):
-        warm = set(sorted(warm, key=wanted.__getitem__, reverse=True)[: max(0, most - len(own))])
-    known = own | mapped | warm
-    warm_mapped = {page for page, count in seen.items() if count > 1 and page not in known}
-    return b"".join((NOTHING, *as_ranges(warm, 1), *as_ranges(warm_mapped, 0)))
-
-
-def as_ranges(pages: set[int], mark: int) -> Iterator[bytes]:
-    """*pages* as ranges of addresses, *mark* in the lowest bit of each start."""
-    start = end = -1
-    for page in [*sorted(pages), -1]:
-        if page != end:
-            if end > start:
-                yield (start << PAGE_SHIFT | mark).to_bytes(8, "little") + (end << PAGE_SHIFT).to_bytes(8, "little")
-            start = page
-        end = page + 1

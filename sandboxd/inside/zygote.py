@@ -179,8 +179,8 @@ def find_randomness(state: "program.WarmState") -> None:
 
 
 def survey_pages(survey: "Callable[[], bytes]") -> "tuple[int, int]":
-    """Have a child find out by *survey* what cells will touch. Returns the child, and what _image.remember() reads that
-    from; nothing comes when it is not to be had here, or takes too long.
+    """Have a child find out by *survey* what cells will touch. Returns the child, and what warmup.load_survey() reads
+    that from; nothing comes when it is not to be had here, or takes too long.
     """
     read, write = os.pipe()
     pid = os.fork()
@@ -222,7 +222,7 @@ def main() -> "program.WarmState | None":
     renew_stdin()
     sys.path[0] = "/workspace"
     sys.path_importer_cache.pop("/workspace", None)
-    for name in ("_cell", "_image", "channel", "inherited", "program", "toolcalls"):
+    for name in ("_cell", "_image", "channel", "inherited", "program", "toolcalls", "warmup"):
         del sys.modules[name]
     find_randomness(state)
     os.register_at_fork = sys.modules["posix"].register_at_fork = real_register_at_fork  # type: ignore[attr-defined]
@@ -230,22 +230,21 @@ def main() -> "program.WarmState | None":
     refuse("threads", watch.other_threads())
     gc.freeze()  # what lives now is shared by all cells, and their collector leaves its pages alone
     for _ in range(SPECIALISED):
-        program.rehearse(lambda: False)
+        warmup.warm_up(lambda: False)
     gc.collect()
     gc.freeze()
     refuse("shared", watch.make_private())
     image = "memfd" if _image.share_heap(wants_memfd) else "anonymous"
     pages = 0
     if image == "memfd":
-        child, found = survey_pages(lambda: program.survey_cell(state))
-        pages = _image.remember(found)
-        os.close(found)
+        child, found = survey_pages(lambda: warmup.survey_cell(state))
+        pages = warmup.load_survey(found)
         os.waitpid(child, 0)
     landlock_abi = _cell.prepare(*filters, config["walls_down"])
     found = -1
     if pages and state.warmup:
         most = config.get("own_bytes", OWN_BYTES) >> 12
-        _, found = survey_pages(lambda: program.survey_warmup(state, most))
+        _, found = survey_pages(lambda: warmup.survey_warmup(state, most))
     say(
         {
             "ok": True,
@@ -259,8 +258,7 @@ def main() -> "program.WarmState | None":
     )
     forked: int = _cell.serve(ENGINE, NURSERY, found)
     if forked == READABLE:
-        _image.remember(found)
-        os.close(found)  # its child is reaped as cells are
+        warmup.load_survey(found)  # its child is reaped as cells are
         os.write(ENGINE, WARM)
         forked = _cell.serve(ENGINE, NURSERY)
     state.hurry = forked == IN_A_HURRY
@@ -275,8 +273,9 @@ if __name__ == "__main__":
     import _image  # type: ignore[import-not-found]
     import inherited  # type: ignore[import-not-found]
     import program  # type: ignore[import-not-found]
+    import warmup  # type: ignore[import-not-found]
 
     given = main()
     if given is not None:
-        program.main(given)
+        program.main(lambda: warmup.park(given))
     os._exit(0)
