@@ -17,7 +17,16 @@ from sandboxd.client.result import Result
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
 from sandboxd.limits import LimitValue, narrow, shown
 from sandboxd.protocol import packets
-from sandboxd.protocol.run_header import check_args, check_code, check_env, check_filename, check_files, check_language
+from sandboxd.protocol.run_header import (
+    Tools,
+    build_header,
+    check_args,
+    check_code,
+    check_env,
+    check_filename,
+    check_files,
+    check_language,
+)
 
 if TYPE_CHECKING:
     from sandboxd.policy import Limits
@@ -112,20 +121,19 @@ class Exchange:
         given = check_stdin(stdin.encode() if isinstance(stdin, str) else stdin)
         check_limits(limits)
         self.source = text.encode()
-        header: dict[str, Any] = {
-            "code_bytes": len(self.source),
-            "stdin_bytes": None if given is None else len(given),
-            "files": [[path, size] for path, size in check_files((p, len(c)) for p, c in contents.items())],
-            "args": list(words),
-            "env": check_env(dict(env or {}), words),
-            "limits": {} if limits is None else limits.plain(),
-            "language": check_language(language),
-            "filename": check_filename(filename),
-            "stream": on_stdout is not None or on_stderr is not None,
-            "results": results,
-        }
-        if tools is not None:
-            header["tools"] = {"module": tools.module, "calls": tools.calls}
+        header = build_header(
+            code_bytes=len(self.source),
+            stdin_bytes=None if given is None else len(given),
+            files=check_files((path, len(content)) for path, content in contents.items()),
+            args=words,
+            env=check_env(dict(env or {}), words),
+            limits={} if limits is None else limits.plain(),
+            language=check_language(language),
+            filename=check_filename(filename),
+            stream=on_stdout is not None or on_stderr is not None,
+            results=results,
+            tools=None if tools is None else Tools(tools.module, tools.calls),
+        )
         asked = header["limits"]
         if base_limits:
             # The handle's own limits bind its runs; the engine compares the outcome with the policy's.

@@ -76,18 +76,18 @@ class RunRequest(BaseModel):
         """The JSON header of the wire form; the payload is ``lead()`` and then the contents of ``files`` in order."""
         code = self.code
         assert isinstance(code, str)  # noqa: S101 (check_code's promise, for the type checker)
-        return {
-            "code_bytes": len(code) if code.isascii() else len(code.encode()),
-            "stdin_bytes": None if self.stdin is None else len(self.stdin),
-            "files": [[path, size] for path, size in self.files.items()],
-            "args": list(self.args),
-            "env": self.env,
-            "limits": {} if self.limits is None else self.limits.plain(),
-            "language": self.language,
-            "filename": self.filename,
-            "stream": self.stream,
-            "results": self.results,
-        }
+        return run_header.build_header(
+            code_bytes=len(code) if code.isascii() else len(code.encode()),
+            stdin_bytes=None if self.stdin is None else len(self.stdin),
+            files=self.files.items(),
+            args=self.args,
+            env=self.env,
+            limits={} if self.limits is None else self.limits.plain(),
+            language=self.language,
+            filename=self.filename,
+            stream=self.stream,
+            results=self.results,
+        )
 
     def lead(self) -> bytes:
         """The head of the payload: the source text and stdin."""

@@ -1,9 +1,9 @@
 """A run as it travels: a JSON header and one binary payload, checked on arrival without pydantic.
 
 The payload is the source text, then stdin, then the contents of the files, end to end; the header holds their lengths
-and everything else. ``parse_header`` is the engine's guard: whoever wrote the header may be hostile, so keys, types,
-lengths and ranges are all checked again here, whatever the client did. The same checks serve the public
-``RunRequest``.
+and everything else. ``build_header`` writes it, ``parse_header`` reads it and is the engine's guard: whoever wrote the
+header may be hostile, so keys, types, lengths and ranges are all checked again here, whatever the client did. The same
+checks serve the public ``RunRequest``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ __all__ = [
     "FILES_MAX",
     "MODULE_BYTES",
     "Run",
+    "Tools",
+    "announced_code_bytes",
+    "build_header",
     "check_args",
     "check_code",
     "check_env",
@@ -264,6 +267,38 @@ def _word(field: str, value: object) -> str:
     return value
 
 
+def build_header(
+    *,
+    code_bytes: int,
+    stdin_bytes: int | None,
+    files: Iterable[tuple[str, int]],
+    args: Iterable[str],
+    env: dict[str, str],
+    limits: Mapping[str, LimitValue],
+    language: str,
+    filename: str,
+    stream: bool,
+    results: bool,
+    tools: Tools | None = None,
+) -> dict[str, Any]:
+    """The header of a run whose values were checked. *files* are paths with sizes; *stdin_bytes* None is no input."""
+    header: dict[str, Any] = {
+        "code_bytes": code_bytes,
+        "stdin_bytes": stdin_bytes,
+        "files": [[path, size] for path, size in files],
+        "args": list(args),
+        "env": env,
+        "limits": limits,
+        "language": language,
+        "filename": filename,
+        "stream": stream,
+        "results": results,
+    }
+    if tools is not None:
+        header["tools"] = {"module": tools.module, "calls": tools.calls}
+    return header
+
+
 _HEADER_TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "code_bytes": (int,),
     "stdin_bytes": (int, type(None)),
@@ -329,6 +364,12 @@ def parse_header(header: dict[str, Any], payload: bytes | bytearray | memoryview
         results=header["results"],
         tools=tools,
     )
+
+
+def announced_code_bytes(header: Mapping[str, Any]) -> int:
+    """How long the source text is said to be, before anything of *header* was checked; 0 when nothing sensible is."""
+    size = header.get("code_bytes")
+    return size if type(size) is int and size > 0 else 0
 
 
 def _tools(given: Any) -> Tools:

@@ -30,7 +30,7 @@ from sandboxd.engine.tally import STATUSES
 from sandboxd.errors import Busy, ConnectionLost, InvalidRequest, PolicyError, ProtocolError, SandboxError, Unavailable
 from sandboxd.limits import shown
 from sandboxd.protocol import packets
-from sandboxd.protocol.run_header import Run, parse_header
+from sandboxd.protocol.run_header import Run, announced_code_bytes, parse_header
 
 if TYPE_CHECKING:
     from sandboxd.engine.engine import Engine
@@ -243,7 +243,7 @@ class Connection:
         try:
             # Who sees all is the operator; of anybody else only so much stays in the engine's memory at a time.
             who = None if self._sees_all else self._client.get("uid")
-            with self._engine.shares.hold(who, packet.text_bytes + _code_bytes(message["run"])):
+            with self._engine.shares.hold(who, packet.text_bytes + announced_code_bytes(message["run"])):
                 # Not a name of this frame: the payload's pages go with its last reference, which may take a while.
                 requests = [await self._parse(packet)]
                 message = {}
@@ -549,12 +549,6 @@ class Connection:
 def _close_packed(packed: tuple[list[Any], int]) -> None:
     """Nobody will send it."""
     os.close(packed[1])
-
-
-def _code_bytes(run: dict[str, Any]) -> int:
-    """How long the source text is said to be; ``parse_header`` checks that it is true."""
-    size = run.get("code_bytes")
-    return size if type(size) is int and size > 0 else 0
 
 
 def _size(value: object) -> int:
