@@ -69,21 +69,29 @@ is_full(int fd)
     return r < 0 ? (int)r : !st.blocks_available || !st.files_free;
 }
 
+/* Whether a tmpfs holds no file at all: 2 links, and 20 bytes for each name, "." and ".." included (mm/shmem.c). */
+int
+sbx_is_empty(int workspace)
+{
+    struct sbx_stat st;
+    long r = sbx_call(SBX_NR_newfstatat, workspace, "", &st, SBX_AT_EMPTY_PATH);
+
+    return r < 0 ? (int)r : st.nlink == 2 && st.size == 40;
+}
+
 /* In the caller, when the program says that it ended: its counters, what is in its streams, whether one of its file
- * systems is full, and whether it left the workspace as it was: 2 links, and 20 bytes for each of "." and ".."
- * (mm/shmem.c). */
+ * systems is full, and whether it left the workspace as it was. */
 int
 sbx_look_back(struct sbx_lookback *seen)
 {
-    struct sbx_stat st;
     long r;
 
     seen->out_length = seen->err_length = 0;
     sbx_read_numbers(seen->numbers, seen->count);
-    r = sbx_call(SBX_NR_newfstatat, seen->workspace, "", &st, SBX_AT_EMPTY_PATH);
+    r = sbx_is_empty(seen->workspace);
     if (r < 0)
         return (int)r;
-    seen->touched = st.nlink != 2 || st.size != 40;
+    seen->touched = !r;
     /* What cannot be asked is the engine's to find out. */
     seen->full = is_full(seen->workspace) || is_full(seen->tmp) || is_full(seen->shm);
     r = drain(seen->out, seen->buffer, seen->room, &seen->out_length);

@@ -55,6 +55,7 @@ struct sbx_lookback {
 };
 
 /* direct.c */
+int sbx_is_empty(int workspace);
 int sbx_look_back(struct sbx_lookback *seen);
 int sbx_alarm_new(void);
 int sbx_alarm_is_set(int alarm);

@@ -25,10 +25,10 @@ from sandboxd.cgroup.reading import Reading
 from sandboxd.client.result import Isolation, Result
 from sandboxd.errors import ProtocolError
 from sandboxd.inside import channel
-from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
+from sandboxd.outcome.answer import Durations, answer, clean_exit_header, hit_no_limit
 from sandboxd.outcome.collected import Collected
 from sandboxd.outcome.collector import Collector
-from sandboxd.outcome.judge import Evidence, parse_finished
+from sandboxd.outcome.judge import Evidence, ended_cleanly, limit_met, parse_finished
 from sandboxd.protocol import cell_socket, packets
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ PATIENCE_SECONDS: Final = 0.01
 SOURCE_BYTES: Final = 24 << 10
 STREAM_BYTES: Final = 1 << 16
 """What a pipe holds, pipe(7), unless an operator's profile lets programs make theirs larger (F_SETPIPE_SZ)."""
-FDS: Final = 8
+FDS: Final = len(packets.LeaseFds._fields)
 
 
 def message_of(source: str, args: Sequence[str], env: Mapping[str, str], results: bool) -> bytes:
@@ -97,7 +97,7 @@ class LeasedCell:
         self.identity: str = message["lease"]
         self._reading = replace(leaf.reading, before=tuple(message["before"]))
         self._leaf = leaf
-        self._fds = fds  # channel, stdout, stderr, workspace, tmp, shm, source, alarm
+        self._fds: packets.LeaseFds | None = packets.LeaseFds(*fds)
         self._raw = (b"", b"")
         self._started = self._setup = 0.0
         self.handed_over = False
@@ -105,11 +105,12 @@ class LeasedCell:
     def start(self, source: bytes, message: bytes) -> None:
         """Set the engine's alarm and hand the program over."""
         begun = time.monotonic()
-        end, *_, file, alarm = self._fds
+        fds = self._fds
+        assert fds is not None  # noqa: S101
         text, packet = ffi.from_buffer("char[]", source), ffi.from_buffer("char[]", message)
         given = ffi.new(
             "struct sbx_handover *",
-            (alarm, file, end, int(PATIENCE_SECONDS * 1e9), text, packet, len(source), len(message)),
+            (fds.alarm, fds.source, fds.channel, int(PATIENCE_SECONDS * 1e9), text, packet, len(source), len(message)),
         )
         self._started = time.monotonic()
         self.handed_over = lib.sbx_hand_over(given) >= 0  # refused: the cell is dead; the engine will say why
@@ -132,7 +133,8 @@ class LeasedCell:
 
     def _frame(self) -> bytes:
         """The finished frame; b"" when none came in time, or the cell is dead."""
-        end = self._fds[0]
+        assert self._fds is not None  # noqa: S101
+        end = self._fds.channel
         poll = select.poll()
         poll.register(end, select.POLLIN)
         for patience in (FIRST_LOOK_SECONDS, PATIENCE_SECONDS):
@@ -151,7 +153,8 @@ class LeasedCell:
 
     def _is_stuck(self) -> bool:
         """Whether a stream is so full that the program may be waiting for its reader. Source: FIONREAD, pipe(7)."""
-        for fd in self._fds[1:3]:
+        assert self._fds is not None  # noqa: S101
+        for fd in (self._fds.stdout, self._fds.stderr):
             held = fcntl.ioctl(fd, termios.FIONREAD, bytes(4))
             if int.from_bytes(held, sys.byteorder) > STREAM_BYTES // 2:
                 return True
@@ -162,7 +165,10 @@ class LeasedCell:
         run = time.monotonic() - self._started
         leaf = self._leaf
         seen = leaf.seen
-        _, seen.out, seen.err, seen.workspace, seen.tmp, seen.shm, _, _ = self._fds
+        fds = self._fds
+        assert fds is not None  # noqa: S101
+        seen.out, seen.err = fds.stdout, fds.stderr
+        seen.workspace, seen.tmp, seen.shm = fds.workspace, fds.tmp, fds.shm
         looked = lib.sbx_look_back(seen)
         self._raw = out, err = leaf.streams()
         try:
@@ -170,20 +176,14 @@ class LeasedCell:
             finished = parse_finished(frame)
         except (ProtocolError, OSError):
             return None
-        if looked < 0 or seen.touched or seen.full or self._reading.tasks(values) > 1:
+        if looked < 0 or seen.full:
             return None
-        counters = self._reading.counters(values)
-        limits = leaf.limits
-        wall, cpu, stop = limits["wall_seconds"], limits["cpu_seconds"], limits["output_stop_bytes"]
-        if (
-            counters.oom_kills
-            or (wall is not None and run >= wall)
-            or (cpu is not None and counters.cpu_usec >= cpu * 1e6)
-            or (stop is not None and (len(out) > stop or len(err) > stop))
-        ):
+        counters, limits = self._reading.counters(values), leaf.limits
+        cause = limit_met(limits, run, counters, len(out), len(err))
+        if not ended_cleanly(finished, cause, self._reading.tasks(values), not seen.touched):
             return None
         keep = int(limits["output_bytes"])
-        seconds = (0.0, self._setup, run)
+        seconds = Durations(0.0, self._setup, run)
         if not finished.exit_code and len(out) <= keep and len(err) <= keep and hit_no_limit(counters):
             header = clean_exit_header(self.identity, finished.results, counters, (out, err), seconds)
             return Result.assembled(header, (out, err), leaf.isolation)
@@ -192,13 +192,13 @@ class LeasedCell:
             if data:
                 collector.add(data)
         evidence = Evidence(None, None, finished, counters, limits, run, len(out), len(err))
-        header, texts, _ = answer(self.identity, evidence, outputs, Collected(), seconds, True, None)
-        return Result.assembled(header, texts, leaf.isolation)
+        told = answer(self.identity, evidence, outputs, Collected(), seconds, True, None)
+        return Result.assembled(told.header, told.texts, leaf.isolation)
 
     def close(self) -> None:
         """Close what the engine sent; the cell lives and dies by the engine's word."""
-        fds, self._fds = self._fds, []
-        if fds:
+        fds, self._fds = self._fds, None
+        if fds is not None:
             lib.sbx_close_all(fds, len(fds))
 
 

@@ -124,8 +124,8 @@ class Engine:
                 async with self.audit.run(run.id, active, request, limits, owner) as tell:
                     records = self.audit.calls(run.id)
                     answer = await run.execute(request, time.monotonic() - queued, share, lend_tools, records)
-                    self.served += answer[0]["status"] != "internal"
-                    self.tally.count(owner.get("uid"), active.name, answer[0]["status"])
+                    self.served += answer.header["status"] != "internal"
+                    self.tally.count(owner.get("uid"), active.name, answer.header["status"])
                     tell(answer)
             finally:
                 admission.leave()
@@ -139,7 +139,7 @@ class Engine:
         try:
             await run.delivered()
         except BaseException:
-            answer[2].close()
+            answer.collected.close()
             raise
         return answer
 

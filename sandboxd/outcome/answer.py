@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sandboxd.outcome.judge import judge
 
@@ -15,10 +15,26 @@ if TYPE_CHECKING:
     from sandboxd.outcome.collector import Collector
     from sandboxd.outcome.judge import Evidence
 
-__all__ = ["RunAnswer", "answer", "clean_exit_header", "hit_no_limit"]
+__all__ = ["Durations", "RunAnswer", "answer", "clean_exit_header", "hit_no_limit"]
 
-RunAnswer = tuple[dict[str, Any], list[bytes], "Collected"]
-"""The header of ``Result.from_wire``, stdout and stderr, and the files, whose memfd is the holder's."""
+
+class RunAnswer(NamedTuple):
+    """One run, ended, as it goes to the client."""
+
+    header: dict[str, Any]
+    """Of ``Result.from_wire``."""
+    texts: list[bytes]
+    """stdout and stderr."""
+    collected: Collected
+    """The files, whose memfd is the holder's."""
+
+
+class Durations(NamedTuple):
+    """Seconds of a run: in the queue, until its program started, and from then to its end."""
+
+    queued: float
+    setup: float
+    run: float
 
 
 def answer(
@@ -26,19 +42,18 @@ def answer(
     evidence: Evidence,
     outputs: tuple[Collector, Collector],
     collected: Collected,
-    seconds: tuple[float, float, float],
+    seconds: Durations,
     warm: bool,
     isolation: dict[str, Any] | None,
     waited: float = 0.0,
 ) -> RunAnswer:
-    """What *evidence* comes to. *seconds*: queued, set-up, run; for *waited* of the last the wall clock stood still."""
+    """What *evidence* comes to. For *waited* seconds of the run the wall clock stood still."""
     out, out_dropped = outputs[0].kept()
     err, err_dropped = outputs[1].kept()
     dropped = out_dropped + err_dropped
     outcome = judge(dataclasses.replace(evidence, dropped_bytes=dropped) if dropped else evidence)
     counters = evidence.counters
     at = len(out) + len(err)
-    queued, setup, run = seconds
     header = {
         "id": identity,
         "status": outcome.status,
@@ -54,7 +69,7 @@ def answer(
         "files_skipped": collected.skipped,
         "limits_hit": outcome.limits_hit,
         "usage": {
-            "wall_seconds": max(0.0, run - waited),
+            "wall_seconds": max(0.0, seconds.run - waited),
             "cpu_user_seconds": counters.cpu_user_usec / 1e6 if counters else 0.0,
             "cpu_system_seconds": counters.cpu_system_usec / 1e6 if counters else 0.0,
             "memory_peak_bytes": counters.memory_peak_bytes if counters else None,
@@ -62,16 +77,16 @@ def answer(
             "throttled_seconds": counters.throttled_usec / 1e6 if counters else None,
         },
         "timings": {
-            "queued_seconds": queued,
-            "setup_seconds": setup,
-            "run_seconds": run,
+            "queued_seconds": seconds.queued,
+            "setup_seconds": seconds.setup,
+            "run_seconds": seconds.run,
             "tool_wait_seconds": waited,
         },
         "warm": warm,
         "isolation": isolation,
         "state": None,
     }
-    return header, [out, err], collected
+    return RunAnswer(header, [out, err], collected)
 
 
 def hit_no_limit(counters: Counters) -> bool:
@@ -84,12 +99,11 @@ def clean_exit_header(
     results: list[dict[str, Any]],
     counters: Counters,
     outputs: Sequence[bytes],
-    seconds: tuple[float, float, float],
+    seconds: Durations,
 ) -> dict[str, Any]:
     """The header of ``answer`` for the commonest end of all: exit status 0, nothing dropped, no limit met, no files. A
     test compares the two.
     """
-    queued, setup, run = seconds
     out, err = len(outputs[0]), len(outputs[1])
     return {
         "id": identity,
@@ -106,14 +120,19 @@ def clean_exit_header(
         "files_skipped": 0,
         "limits_hit": [],
         "usage": {
-            "wall_seconds": run,
+            "wall_seconds": seconds.run,
             "cpu_user_seconds": counters.cpu_user_usec / 1e6,
             "cpu_system_seconds": counters.cpu_system_usec / 1e6,
             "memory_peak_bytes": counters.memory_peak_bytes,
             "pids_peak": counters.pids_peak,
             "throttled_seconds": counters.throttled_usec / 1e6,
         },
-        "timings": {"queued_seconds": queued, "setup_seconds": setup, "run_seconds": run, "tool_wait_seconds": 0.0},
+        "timings": {
+            "queued_seconds": seconds.queued,
+            "setup_seconds": seconds.setup,
+            "run_seconds": seconds.run,
+            "tool_wait_seconds": 0.0,
+        },
         "warm": True,
         "isolation": None,
         "state": None,

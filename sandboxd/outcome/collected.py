@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from typing import Final
 
+from sandboxd._native import lib
 from sandboxd._util import disposal
 
 __all__ = ["Collected", "Known", "is_untouched"]
-
-_EMPTY_BYTES: Final = 2 * 20
 
 Known = dict[str, tuple[int, int]]
 """Inode and ctime in ns of each input file. A program can set mtime, but not ctime."""
@@ -38,9 +36,11 @@ class Collected:
 
 def is_untouched(workspace: int, known: Known) -> bool:
     """Whether nothing was put there and the program made nothing: no file to look for. Only the root's link count and
-    size are asked, which tmpfs keeps: 2 links, and 20 bytes for each name, "." and ".." included (mm/shmem.c).
+    size are asked, which tmpfs keeps. Raises OSError.
     """
     if known:
         return False
-    root = os.fstat(workspace)
-    return root.st_nlink == 2 and root.st_size == _EMPTY_BYTES
+    empty = lib.sbx_is_empty(workspace)
+    if empty < 0:
+        raise OSError(-empty, os.strerror(-empty))
+    return empty != 0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sandboxd.cgroup import Counters
     from sandboxd.limits import LimitValue
 
-__all__ = ["Cause", "Evidence", "Finished", "Outcome", "Space", "judge", "parse_finished"]
+__all__ = ["Cause", "Evidence", "Finished", "Outcome", "Space", "ended_cleanly", "judge", "limit_met", "parse_finished"]
 
 Cause = Literal["timeout", "tool_wait", "approval", "cpu", "output", "memory", "cancelled", "lost"]
 
@@ -129,6 +129,30 @@ def _as_text(value: Any) -> Any:
     if isinstance(value, dict):
         return {_as_text(key): _as_text(one) for key, one in value.items()}
     return value
+
+
+def ended_cleanly(finished: Finished | None, cause: Cause | None, tasks: int, untouched: bool) -> bool:
+    """Whether a program ended by its own word and left nothing behind: then its answer need not wait for its death. No
+    limit fired (*cause*); of its *tasks* one at most is left, its main thread, which said so; the workspace is
+    *untouched*.
+    """
+    return finished is not None and cause is None and tasks <= 1 and untouched
+
+
+def limit_met(
+    limits: Mapping[str, LimitValue], run_seconds: float, counters: Counters, stdout_bytes: int, stderr_bytes: int
+) -> Cause | None:
+    """The limit that an engine would have ended the run for by now, seen from what it has used."""
+    wall, cpu, stop = limits["wall_seconds"], limits["cpu_seconds"], limits["output_stop_bytes"]
+    if counters.oom_kills:
+        return "memory"
+    if wall is not None and run_seconds >= wall:
+        return "timeout"
+    if cpu is not None and counters.cpu_usec >= cpu * 1e6:
+        return "cpu"
+    if stop is not None and max(stdout_bytes, stderr_bytes) > stop:
+        return "output"
+    return None
 
 
 def judge(seen: Evidence) -> Outcome:

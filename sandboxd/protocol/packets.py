@@ -20,7 +20,7 @@ import os
 import socket
 import struct
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sandboxd._util import disposal
 from sandboxd.errors import ProtocolError
@@ -174,6 +174,21 @@ def with_descriptors(message: dict[str, Any]) -> bytes:
     if len(text) > INLINE_BYTES:
         raise ProtocolError("A message with descriptors is too long.")
     return _HEAD.pack(MAGIC, VERSION, _WITH_FDS, 0, len(text), 0) + text
+
+
+class LeaseFds(NamedTuple):
+    """The descriptors of a leased cell, in the order in which they are sent; a leaf's control files may follow."""
+
+    channel: int
+    stdout: int
+    stderr: int
+    workspace: int
+    tmp: int
+    shm: int
+    source: int
+    """The program's file, to be written once."""
+    alarm: int
+    """A timerfd of the engine's, to be set when the program is handed over."""
 
 
 def lease(identity: str, leaf: int, before: Sequence[int]) -> bytes:

@@ -24,7 +24,7 @@ from sandboxd.engine.cells.shape import BUILT_IN, same_spec
 from sandboxd.engine.clock import Clock
 from sandboxd.engine.config import PoolSettings
 from sandboxd.limits import defaults
-from sandboxd.outcome.answer import answer, clean_exit_header, hit_no_limit
+from sandboxd.outcome.answer import Durations, answer, clean_exit_header, hit_no_limit
 from sandboxd.outcome.collected import Collected
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Evidence, Finished
@@ -727,7 +727,7 @@ def test_the_plain_answer_is_the_answer(
     streams = (Collector(64), Collector(64))
     for stream, data in zip(streams, outputs, strict=True):
         stream.add(data)
-    run = (0.0, *seconds)
+    run = Durations(0.0, *seconds)
     limits = {**defaults(), "wall_seconds": None, "cpu_seconds": None}
     evidence = Evidence(None, None, Finished(0, None, results, None), counters, limits, seconds[1])
     long, texts_kept, _ = answer("0" * 16, evidence, streams, Collected(), run, True, None)
@@ -746,7 +746,7 @@ def test_an_assembled_result_is_that_of_the_wire() -> None:
     with Sandbox() as sandbox:
         isolation = sandbox.run("1").isolation
     assert isolation is not None
-    header = clean_exit_header("0" * 16, results, counters, (b"out", b"\xff"), (0.0, 0.1, 0.2))
+    header = clean_exit_header("0" * 16, results, counters, (b"out", b"\xff"), Durations(0.0, 0.1, 0.2))
     wire = Result.from_wire({**header, "isolation": isolation.model_dump()}, b"out\xff")
     made = Result.assembled(header, (b"out", b"\xff"), isolation)
     assert made.to_dict() == wire.to_dict()

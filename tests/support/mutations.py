@@ -58,6 +58,7 @@ ADMISSION: Final = "sandboxd/engine/admission.py"
 SHARES: Final = "sandboxd/engine/fair_share.py"
 RESOURCES: Final = "sandboxd/engine/cells/resources.py"
 RUN: Final = "sandboxd/engine/runs/run.py"
+JUDGE: Final = "sandboxd/outcome/judge.py"
 RUN_CLOCK: Final = "sandboxd/engine/runs/run_clock.py"
 PLAN: Final = "sandboxd/engine/cells/shape.py"
 LEAF: Final = "sandboxd/cgroup/leaf.py"
@@ -183,7 +184,7 @@ def _ends() -> Iterator[Mutation]:
     yield Mutation(
         "kill before the answer: children",
         "a program that left children counts as one that ended cleanly",
-        (Edit(RUN, "cell.leaf.tasks() > 1 or ", ""),),
+        (Edit(JUDGE, "tasks <= 1 and untouched", "untouched"),),
         ("tests/engine/test_parked.py", "tests/engine/test_walls.py", "tests/engine/test_limits_hold.py"),
     )
     kill = "cell.end(Event.FINISHED if self._frames.finished is not None else Event.CANCELLED)\n"

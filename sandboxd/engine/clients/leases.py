@@ -158,8 +158,18 @@ class Leases:
         # What does not change from run to run is told once for each leaf.
         name = (leaf.name, active.serial)
         held = cell.fds
-        fds = [cell.channel.fileno(), held.stdout, held.stderr, held.workspace, held.tmp, held.shm]
-        fds += [cell.source_fd, lease.alarm]
+        fds = list(
+            packets.LeaseFds(
+                channel=cell.channel.fileno(),
+                stdout=held.stdout,
+                stderr=held.stderr,
+                workspace=held.workspace,
+                tmp=held.tmp,
+                shm=held.shm,
+                source=cell.source_fd,
+                alarm=lease.alarm,
+            )
+        )
         known = self._leaves.get(name)
         if known is not None:
             return self._send(packets.lease(lease.identity, known, reading.before), fds)

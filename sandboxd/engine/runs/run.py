@@ -30,9 +30,9 @@ from sandboxd.engine.runs.oom import OomWatch
 from sandboxd.engine.runs.output import Output
 from sandboxd.engine.runs.run_clock import RunClock
 from sandboxd.errors import Unavailable
-from sandboxd.outcome.answer import RunAnswer, answer
+from sandboxd.outcome.answer import Durations, RunAnswer, answer
 from sandboxd.outcome.collected import Collected, is_untouched
-from sandboxd.outcome.judge import Cause, Evidence, Space
+from sandboxd.outcome.judge import Cause, Evidence, Space, ended_cleanly
 
 if TYPE_CHECKING:
     from sandboxd.cgroup import Counters
@@ -181,7 +181,7 @@ class CellRun:
             except ZygoteLost as error:
                 log.warning("run %s: zygote lost: %s", self.id, error)
                 self._cause = "lost"
-                return self._tell(queued_seconds, 0.0, 0.0, None, Collected(), False)
+                return self._tell(Durations(queued_seconds, 0.0, 0.0), None, Collected(), False)
         self.cell = cell
         share = share or FairShare(free=True)
         tools = request.tools
@@ -234,24 +234,25 @@ class CellRun:
                 self._fail(cell, error)
         now = time.monotonic()
         run = now - self.clock.started if self.clock.started is not None else 0.0
+        seconds = Durations(queued_seconds, setup, run)
         self._stop_tools(now)
         self._look(cell)
         if self._failure is None and self._is_clean(cell):
-            return self._tell(queued_seconds, setup, run, cell.leaf.counters(), Collected(), warm)
-        return await self._after_death(cell, queued_seconds, setup, run, warm)
+            return self._tell(seconds, cell.leaf.counters(), Collected(), warm)
+        return await self._after_death(cell, seconds, warm)
 
     def _is_clean(self, cell: Cell) -> bool:
-        """Whether it ended by its own word and left nothing behind: then its answer need not wait for its death."""
-        if self._frames.finished is None or self._cause is not None or self._output.is_streamed or self._is_feeding:
+        """``ended_cleanly``, and nothing of its input or output is under way."""
+        finished = self._frames.finished
+        if finished is None or self._cause is not None or self._output.is_streamed or self._is_feeding:
             return False
         assert cell.fds is not None  # noqa: S101
         try:
-            # One task at most is its main thread, which said so; what it wrote before is in the pipes.
-            if cell.leaf.tasks() > 1 or not is_untouched(cell.fds.workspace, self._known):
-                return False
+            untouched = is_untouched(cell.fds.workspace, self._known)
+            tasks = cell.leaf.tasks()
             for number in (1, 2):
-                self._output.read(cell, number)
-            return self._cause is None
+                self._output.read(cell, number)  # what it wrote before its end is in the pipes, and may be too much
+            return ended_cleanly(finished, self._cause, tasks, untouched)
         except OSError:
             return False
 
@@ -270,7 +271,7 @@ class CellRun:
             with contextlib.suppress(OSError):  # the kill comes next, whatever a filter around the engine refuses
                 self._spaces = workspace.spaces(cell.fds)
 
-    async def _after_death(self, cell: Cell, queued: float, setup: float, run: float, warm: bool) -> RunAnswer:
+    async def _after_death(self, cell: Cell, seconds: Durations, warm: bool) -> RunAnswer:
         """Nothing of it may live any more; only then its files are read."""
         if cell.life.state not in (State.ENDING, State.COLLECTING):
             cell.end(Event.FINISHED if self._frames.finished is not None else Event.EXITED)
@@ -293,7 +294,7 @@ class CellRun:
                 counters = cell.leaf.counters() if cell.leaf.counts else None
             if cell.fds is not None and cell.fds.workspace >= 0 and started is not None:
                 collected = await self._collect(cell.fds.workspace)
-            return self._tell(queued, setup, run, counters, collected, warm)
+            return self._tell(seconds, counters, collected, warm)
         except BaseException as error:
             collected.close()
             if started is None or not isinstance(error, Exception):
@@ -302,7 +303,7 @@ class CellRun:
             # The program may have had its effects: that is a Result, never an error that promises nothing ran.
             log.exception("run %s: its end could not be told", self.id)
             self._cause = "lost"
-            return self._tell(queued, setup, run, None, Collected(), warm)
+            return self._tell(seconds, None, Collected(), warm)
 
     async def _die(self, cell: Cell) -> None:
         """Until nothing of the cell lives and its streams are read. Never raises, never waits for ever."""
@@ -319,15 +320,7 @@ class CellRun:
         args = (self._active.zygote.files, workspace_fd, self._known, most)
         return await in_thread(workspace.collect, *args, discard=Collected.close)
 
-    def _tell(
-        self,
-        queued: float,
-        setup: float,
-        run: float,
-        counters: Counters | None,
-        collected: Collected,
-        warm: bool,
-    ) -> RunAnswer:
+    def _tell(self, seconds: Durations, counters: Counters | None, collected: Collected, warm: bool) -> RunAnswer:
         out, err = self._output.kept
         cell = self.cell
         waited = self.clock.stood_still()
@@ -337,14 +330,14 @@ class CellRun:
             finished=self._frames.finished,
             counters=counters,
             limits=self.limits,
-            run_seconds=run - waited,
+            run_seconds=seconds.run - waited,
             stdout_bytes=out.total_bytes,
             stderr_bytes=err.total_bytes,
             spaces=self._spaces,
         )
         slot = None if cell is None else cell.slot
         isolation = None if slot is None else self._active.receipt(slot.index)
-        return answer(self.id, evidence, (out, err), collected, (queued, setup, run), warm, isolation, waited)
+        return answer(self.id, evidence, (out, err), collected, seconds, warm, isolation, waited)
 
     async def delivered(self) -> None:
         """After ``execute``: until the caller has taken the output that was still on its way. No slot waits for
