@@ -10,7 +10,7 @@ Where a block comes from, in this order (as root):
 2. the ranges that both /etc/subuid and /etc/subgid hold for ``root`` (by name or number);
 3. the range FALLBACK below, which no allocator is known to hand out.
 
-An engine of another user takes its own subordinate ids, and has its own locks: ``userids``. Blocks that overlap a
+An engine of another user takes its own subordinate ids, and has its own locks: ``rootless``. Blocks that overlap a
 login id, another user's subordinate ids (3 only) or that this user namespace does not map are passed over.
 
 Sources: user_namespaces(7), subuid(5), fcntl_locking(2); systemd, "Users, Groups, UIDs and GIDs on systemd Systems"

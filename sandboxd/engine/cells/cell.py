@@ -4,7 +4,7 @@ Theory of operation (the processes: sandboxd/engine/cells/zygote.py; the states:
 
     take a slot: host uid and cgroup leaf, limits written
     nursery: init with its namespaces, tmpfs, streams, channel; zygote: the cell, forked into them; it raises its walls
-    the cell says so (its first packet, written by C before any library runs): SEALED; its keeper, the pool, is told
+    the cell says so (its first packet, written by C before any library runs): SEALED; its owner, the pool, is told
     left alone, it rehearses, so that the pages which a program touches are its own, and says "P": parked
     a run takes it: inputs and source are written, the program's arguments go down the channel: RUNNING
     its end, for whatever reason: SIGKILL to the init; the zygote and the nursery say when nothing of it lives
@@ -36,6 +36,7 @@ from sandboxd.errors import Unavailable
 from sandboxd.ids.ranges import ZYGOTE_ID
 from sandboxd.inside.channel import PACKET_BYTES, PARKED
 from sandboxd.kernel import calls
+from sandboxd.kernel.fd import Fd
 from sandboxd.kernel.stages import unavailable
 from sandboxd.protocol import cell_socket
 
@@ -112,11 +113,12 @@ class RunEvents(Protocol):
 
 
 class Cell:
-    """Made by ``make``; then its keeper's until ``attach``, then its run's until ``let_go``."""
+    """Made by ``make``; then its owner's until ``attach``, then its run's until ``let_go``."""
 
     # More than 15 attributes: one object on the request path holds what the kernel gave, the state, and who is told.
 
     __slots__ = (
+        "_alarm",
         "_events",
         "_loop",
         "_owner",
@@ -125,7 +127,6 @@ class Cell:
         "_resources",
         "_source",
         "_watched",
-        "alarm",
         "channel",
         "death_waiters",
         "ended_at",
@@ -145,7 +146,8 @@ class Cell:
         self._loop = asyncio.get_running_loop()
         self._events: RunEvents | None = None
         self._refused: Unavailable | None = None
-        self._source = self.alarm = -1
+        self._source: Fd | None = None
+        self._alarm: Fd | None = None
         self._watched: dict[int, Watched] = {}
         self._poll: select.epoll | None = None
         self.zygote = zygote
@@ -162,7 +164,7 @@ class Cell:
     # Making
 
     def make(self, hurry: bool) -> None:
-        """Ask for it; in a *hurry* it does not rehearse. Its keeper hears the rest. Raises Unavailable, ZygoteLost;
+        """Ask for it; in a *hurry* it does not warm up. Its owner hears the rest. Raises Unavailable, ZygoteLost;
         nothing is left then.
         """
         resources = self._resources
@@ -210,7 +212,7 @@ class Cell:
             cell_socket.refuse_descriptors(self.channel)
             poll = self._poll = select.epoll()
             self._watch(self.channel.fileno(), Watched.CHANNEL)
-            self._source = workspace.make_source(self.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID)
+            self._source = Fd(workspace.make_source(self.zygote.files, fds.code, SOURCE_NAME, ZYGOTE_ID))
             self._loop.add_reader(poll.fileno(), self._ready)
         except OSError as error:
             self._fail(Unavailable("cell", str(error), errno=error.errno, fix="raise the limit of open files"))
@@ -229,7 +231,7 @@ class Cell:
         self._fail(refusal)
 
     def _fail(self, why: Unavailable) -> None:
-        """A cell that cannot be used: its keeper is told, or its run."""
+        """A cell that cannot be used: its owner is told, or its run."""
         if self.life.state is State.ENDING:
             return
         self._refused = why
@@ -283,14 +285,15 @@ class Cell:
     @property
     def source_fd(self) -> int:
         """The program's file, to be written once."""
-        return self._source
+        assert self._source is not None  # noqa: S101
+        return self._source.fileno()
 
     def put_source(self, source: bytes, name: str) -> None:
         """Write the program's text where the cell reads it. Raises OSError."""
         assert self.fds is not None  # noqa: S101
         view = memoryview(source)
         while len(view):
-            view = view[os.write(self._source, view) :]
+            view = view[os.write(self.source_fd, view) :]
         if name != SOURCE_NAME:
             self.zygote.files.rename(self.fds.code, SOURCE_NAME, name, ZYGOTE_ID)
 
@@ -304,13 +307,13 @@ class Cell:
         self._watch(self.leaf.oom_fd, Watched.OOM)
         if self._resources.slots.many and self.slot is not None:
             self.slot.close_idle_fds()
-            os.close(self._source)
-            self._source = -1
+            if self._source is not None:
+                self._source.close()
             self.fds.close("code")
 
     def watch_alarm(self, alarm: int) -> None:
-        """Tell the rider when *alarm* rings; it is the cell's to close."""
-        self.alarm = alarm
+        """Tell its run when *alarm* rings; it is the cell's to close."""
+        self._alarm = Fd(alarm)
         self._watch(alarm, Watched.ALARM)
 
     # What comes from it
@@ -331,7 +334,7 @@ class Cell:
                     self._events.wrote(what)
 
     def watch_stream(self, number: int, on: bool) -> None:
-        """Tell the rider when stream *number* can be read, or do not."""
+        """Tell its run when stream *number* can be read, or do not."""
         assert self.fds is not None  # noqa: S101
         fd = self.fds.stdout if number == 1 else self.fds.stderr
         if on and self._poll is not None and fd not in self._watched:
@@ -535,8 +538,7 @@ class Cell:
 
     def _take_fds(self) -> list[int]:
         """Every descriptor that is open, now the caller's to close."""
-        fds = [self._source, self.alarm]
-        self._source = self.alarm = -1
+        fds = [one.take() for one in (self._source, self._alarm) if one is not None]
         if self.fds is not None:
             fds += self.fds.take()
         end, self.channel = self.channel, None

@@ -260,16 +260,16 @@ class Zygote:
 
     async def _executed(self) -> None:
         """Until the nursery runs. Raises Unavailable when a step before that was refused."""
-        report, self._ends.report = self._ends.report, -1
+        report = self._ends.report
         try:
             async with asyncio.timeout(SPAWN_SECONDS):
-                await readable(report)
-            said = os.read(report, 64)
+                await readable(report.fileno())
+            said = os.read(report.fileno(), 64)
         except TimeoutError:
             fix = "look at the mounts of this host: one of them does not answer"
             raise Unavailable("zygote", f"the root was not built within {SPAWN_SECONDS:.0f} s", fix=fix) from None
         finally:
-            os.close(report)
+            report.close()
         self.facts.unmet = Report(said, self._spec.operations).unmet
 
     # Cells

@@ -19,6 +19,7 @@ from sandboxd.engine.cells.files import Broker
 from sandboxd.errors import Unavailable
 from sandboxd.ids import rootless
 from sandboxd.kernel import calls, userns
+from sandboxd.kernel.fd import Fd
 from sandboxd.kernel.stages import Stage, unavailable
 from sandboxd.rootfs import plan as rootfs
 
@@ -88,8 +89,8 @@ class Spawned:
     nursery: socket.socket
     zygote: socket.socket
     log: int
-    report: int
-    """Says how far the start has come; at its end when the nursery runs. -1: closed."""
+    report: Fd
+    """Says how far the start has come; at its end when the nursery runs."""
     files: CellFiles
 
     def kill(self) -> None:
@@ -104,8 +105,7 @@ class Spawned:
             self.files.close()
         os.close(self.pidfd)
         os.close(self.log)
-        if self.report >= 0:
-            os.close(self.report)
+        self.report.close()
 
 
 class Report:
@@ -234,7 +234,7 @@ def spawn(spec: ZygoteSpec, ids: IdBlock, cgroup: Instance) -> Spawned:
                 _map_ids(pid, ids)
             go.write(b"g")
             del keep_argv, keep_envp
-        made = Spawned(pid, pidfd, nursery, zygote, log, os.dup(report_read), files)
+        made = Spawned(pid, pidfd, nursery, zygote, log, Fd(os.dup(report_read)), files)
         undo.pop_all()
         return made
 
