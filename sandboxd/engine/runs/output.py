@@ -60,7 +60,6 @@ class Output:
         """Somebody else has read this."""
         for kept, data in zip(self.kept, (stdout, stderr), strict=True):
             kept.add(data)
-        self._grown()
 
     def wrote(self, cell: Cell, number: int) -> None:
         """Stream *number* can be read, or is at its end."""

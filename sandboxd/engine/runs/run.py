@@ -152,6 +152,7 @@ class CellRun:
             cell.resume_reading()
         if frame:
             self.spoke(frame)
+        self._grown()
         return await self._to_its_end(cell, 0.0, 0.0, True)
 
     # The run
