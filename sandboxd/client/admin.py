@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sandboxd.client.connections import ask, counters, greet, open_daemon, parse_address, refused
 from sandboxd.errors import ConnectionLost, ProtocolError
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ def reload(address: str) -> list[str]:
     """Have the daemon at *address* read its files again; sentences about what changed. Raises PolicyError when a file
     is wrong (everything is as before then), Unavailable, ProtocolError.
     """
-    said = _asked(address, "reload").get("said")
+    said = _asked(address, Operation.RELOAD).get("said")
     if not isinstance(said, list) or not all(isinstance(one, str) for one in said):
         raise ProtocolError("The daemon's answer to reload is not a list.")
     return said
@@ -29,7 +30,7 @@ def reload(address: str) -> list[str]:
 
 def ps(address: str) -> list[dict[str, Any]]:
     """The live runs of the daemon at *address* that the caller may see. Raises Unavailable, ProtocolError."""
-    runs = _asked(address, "ps").get("runs")
+    runs = _asked(address, Operation.PS).get("runs")
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise ProtocolError("The daemon's answer to ps is not a list.")
     return runs
@@ -37,10 +38,10 @@ def ps(address: str) -> list[dict[str, Any]]:
 
 def stats(address: str) -> dict[str, Any]:
     """The counters of the daemon at *address*, as ``Sandbox.stats`` gives them. Raises Unavailable, ProtocolError."""
-    return counters(_asked(address, "stats"))
+    return counters(_asked(address, Operation.STATS))
 
 
-def _asked(address: str, operation: str) -> dict[str, Any]:
+def _asked(address: str, operation: Operation) -> dict[str, Any]:
     return ask(open_daemon(parse_address(address)), operation)
 
 
@@ -55,7 +56,8 @@ def pages(address: str, run: str | None = None) -> Iterator[Callable[[Cursor], P
 
         def fetch(cursor: Cursor) -> Page:
             try:
-                packets.send(sock, {"op": "logs", "cursor": None if cursor == START else list(cursor), "run": run})
+                place = None if cursor == START else list(cursor)
+                packets.send(sock, {"op": Operation.LOGS, "cursor": place, "run": run})
                 answer = packets.receive(sock)
             except OSError as error:
                 raise ConnectionLost(False) from error

@@ -18,6 +18,7 @@ from sandboxd.client.connections import CANCEL_SECONDS, DESCRIPTORS, counters
 from sandboxd.client.sandbox import RUN_DEFAULTS, Sandbox
 from sandboxd.errors import SandboxError, later
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import LAST, Operation
 
 if TYPE_CHECKING:
     import socket
@@ -156,7 +157,7 @@ class AsyncSandbox:
 
     async def stats(self) -> dict[str, Any]:
         """As ``Sandbox.stats``."""
-        return counters(await asyncio.to_thread((await self._opened()).ask, "stats"))
+        return counters(await asyncio.to_thread((await self._opened()).ask, Operation.STATS))
 
     def session(self, **_arguments: Any) -> NoReturn:
         """As ``Sandbox.session``: not in this version. Raises Unavailable."""
@@ -234,7 +235,7 @@ async def _drive(connection: Connection, exchange: Exchange) -> Result:
 
 async def _feed(exchange: Exchange, packet: Packet) -> bool:
     """``Exchange.feed``; a large result is read in a thread, once the callbacks have had the last output here."""
-    if isinstance(packet.payload, bytes) or packet.message.get("op") != "result":
+    if isinstance(packet.payload, bytes) or packet.message.get("op") != Operation.RESULT:
         return exchange.feed(packet)
     try:
         exchange.flush()
@@ -276,7 +277,7 @@ async def _cancel(sock: socket.socket) -> None:
             await _send(sock, *packets.pack(packets.CANCEL))
             while (packet := await _receive(sock, _close)) is not None:
                 packet.close()
-                if packet.message.get("op") in ("result", "refused"):
+                if packet.message.get("op") in LAST:
                     return
 
 

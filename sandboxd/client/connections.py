@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.errors import ConnectionLost, ProtocolError, SandboxError, Unavailable, from_plain
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import LAST, Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -78,7 +79,7 @@ def greet(sock: socket.socket) -> socket.socket:
             raise ConnectionLost(False)
         answer.close()
         refused(answer)
-        if answer.message.get("op") != "hello":
+        if answer.message.get("op") != Operation.HELLO:
             raise ProtocolError("The daemon did not answer hello.")
     except BaseException as error:
         sock.close()
@@ -88,7 +89,7 @@ def greet(sock: socket.socket) -> socket.socket:
     return sock
 
 
-def ask(sock: socket.socket, operation: str) -> dict[str, Any]:
+def ask(sock: socket.socket, operation: Operation) -> dict[str, Any]:
     """The answer to an operation without arguments, on the new connection *sock*, which is closed. Raises what it was
     refused with.
     """
@@ -112,7 +113,7 @@ def counters(answer: dict[str, Any]) -> dict[str, Any]:
 
 def refused(answer: packets.Packet) -> None:
     """Raise the error that *answer* is a refusal with, if it is one."""
-    if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
+    if answer.message.get("op") == Operation.REFUSED and isinstance(answer.message.get("error"), dict):
         raise from_plain(answer.message["error"])
 
 
@@ -152,9 +153,9 @@ class Connection:
     def note(self, packet: packets.Packet) -> bool:
         """Whether *packet* was about a lease, which is for the next run."""
         operation = packet.message.get("op")
-        if operation not in ("lease", "revoked") or self.slot is None:
+        if operation not in (Operation.LEASE, Operation.REVOKED) or self.slot is None:
             return False
-        if operation == "lease":
+        if operation == Operation.LEASE:
             fds, packet.fds = packet.fds, []
             self.slot.take(packet.message, fds)
         else:
@@ -182,7 +183,7 @@ class Connection:
             packets.send(self.sock, packets.CANCEL)
             while (packet := packets.receive(self.sock, descriptors=DESCRIPTORS)) is not None:
                 packet.close()
-                if packet.message.get("op") in ("result", "refused"):
+                if packet.message.get("op") in LAST:
                     return
 
     def close(self) -> None:

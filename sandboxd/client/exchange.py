@@ -17,6 +17,7 @@ from sandboxd.client.result import Result
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
 from sandboxd.limits import LimitValue, narrow, shown
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import LAST, Operation
 from sandboxd.protocol.run_header import (
     Tools,
     build_header,
@@ -139,7 +140,7 @@ class Exchange:
             # The handle's own limits bind its runs; the engine compares the outcome with the policy's.
             narrow({**dict.fromkeys(asked), **base_limits}, asked)
             header["limits"] = {**base_limits, **asked}
-        self._message = {"op": "run", "policy": policy, "run": header}
+        self._message = {"op": Operation.RUN, "policy": policy, "run": header}
         self.request = header
         self._payload: list[Buffer] = [self.source, given or b"", *contents.values()]
         self._callbacks = {1: on_stdout, 2: on_stderr}
@@ -168,20 +169,20 @@ class Exchange:
         self.note(packet)
         try:
             operation = message.get("op")
-            if operation == "output":
+            if operation == Operation.OUTPUT:
                 self._output(message.get("stream"), bytes(packet.take_bytes()))
                 return False
-            if operation == "hello":
+            if operation == Operation.HELLO:
                 return False
-            if operation in ("queued", "admitted"):
-                self._queued = operation == "queued"
+            if operation in (Operation.QUEUED, Operation.ADMITTED):
+                self._queued = operation == Operation.QUEUED
                 return False
-            if operation == "tools" and self._tools is not None and len(packet.fds) == 1:
+            if operation == Operation.TOOLS and self._tools is not None and len(packet.fds) == 1:
                 self._tools.begin(packet.fds.pop(), str(message.get("run")))
                 return False
-            if operation == "refused" and isinstance(message.get("error"), dict):
+            if operation == Operation.REFUSED and isinstance(message.get("error"), dict):
                 raise from_plain(message["error"])
-            if operation == "result" and isinstance(message.get("result"), dict):
+            if operation == Operation.RESULT and isinstance(message.get("result"), dict):
                 self.flush()
                 payload, packet.payload = packet.payload, b""
                 self.result = Result.from_wire(message["result"], payload)
@@ -192,7 +193,7 @@ class Exchange:
 
     def note(self, packet: Packet) -> None:
         """See whether *packet* is the last one."""
-        self.answered = self.answered or packet.message.get("op") in ("result", "refused")
+        self.answered = self.answered or packet.message.get("op") in LAST
 
     def _output(self, stream: object, data: bytes) -> None:
         if stream not in (1, 2) or not isinstance(stream, int):

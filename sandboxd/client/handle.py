@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sandboxd.client.exchange import Exchange
     from sandboxd.client.launcher import EngineProcess
     from sandboxd.limits import LimitValue
+    from sandboxd.protocol.operations import Operation
 
 __all__ = ["Handle"]
 
@@ -82,7 +83,7 @@ class Handle:
             raise error
         self.connections.forget_idle()  # the others are no better
 
-    def ask(self, operation: str) -> dict[str, Any]:
+    def ask(self, operation: Operation) -> dict[str, Any]:
         """The engine's answer to an operation without arguments. Raises what it refused with."""
         self.check_open()
         return ask(self.dial(), operation)

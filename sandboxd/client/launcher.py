@@ -21,6 +21,7 @@ from typing import Any, Final
 from sandboxd.errors import ProtocolError, Unavailable, from_plain
 from sandboxd.kernel import calls
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import Operation
 
 __all__ = ["EngineProcess"]
 
@@ -71,7 +72,7 @@ class EngineProcess:
         default policy. Answers come with ``ready``.
         """
         with contextlib.suppress(OSError):
-            packets.send(self._living(), {"op": "configure", "engine": engine, "likely": likely})
+            packets.send(self._living(), {"op": Operation.CONFIGURE, "engine": engine, "likely": likely})
 
     def ready(self, policy: dict[str, Any]) -> None:
         """Hand over *policy* (``Policy.plain()``); returns when a first cell was proved sealed.
@@ -82,7 +83,7 @@ class EngineProcess:
         try:
             # It may have refused its settings already: then that is the answer.
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                packets.send(control, {"op": "policy", "policy": policy})
+                packets.send(control, {"op": Operation.POLICY, "policy": policy})
             # What the first run needs is imported while the engine proves its first cell.
             importlib.import_module("sandboxd.client.exchange")
             importlib.import_module("sandboxd.client.leased")
@@ -96,9 +97,9 @@ class EngineProcess:
             fix = "its message is on stderr; sandboxd doctor says what this host lacks"
             raise Unavailable("engine", "the engine ended while it started", fix=fix)
         answer.close()
-        if answer.message.get("op") == "refused" and isinstance(answer.message.get("error"), dict):
+        if answer.message.get("op") == Operation.REFUSED and isinstance(answer.message.get("error"), dict):
             raise from_plain(answer.message["error"])
-        if answer.message.get("op") != "ready":
+        if answer.message.get("op") != Operation.READY:
             raise ProtocolError("The engine did not say that it is ready.")
 
     def connect(self) -> socket.socket:

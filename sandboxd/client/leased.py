@@ -30,6 +30,7 @@ from sandboxd.outcome.collected import Collected
 from sandboxd.outcome.collector import Collector
 from sandboxd.outcome.judge import Evidence, ended_cleanly, limit_met, parse_finished
 from sandboxd.protocol import cell_socket, packets
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     import socket
@@ -123,12 +124,12 @@ class LeasedCell:
         frame = self._frame()
         result = self._clean(frame) if frame else None
         if result is not None:
-            packets.send(sock, {"op": "done", "lease": self.identity, "status": result.status})
+            packets.send(sock, {"op": Operation.DONE, "lease": self.identity, "status": result.status})
             return result
         payload = [*self._raw, frame]
         sizes = dict(zip(("stdout", "stderr", "frame"), map(len, payload), strict=True))
         ago = time.monotonic() - self._started
-        packets.send(sock, {"op": "take", "lease": self.identity, "seconds": ago, **sizes}, payload)
+        packets.send(sock, {"op": Operation.TAKE, "lease": self.identity, "seconds": ago, **sizes}, payload)
         return None
 
     def _frame(self) -> bytes:

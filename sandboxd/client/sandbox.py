@@ -22,6 +22,7 @@ from sandboxd.client.launcher import EngineProcess
 from sandboxd.errors import ConnectionLost, PolicyError, ProtocolError, SandboxError, later
 from sandboxd.limits import parse, shown
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import Operation
 from sandboxd.protocol.run_header import check_args, check_code, check_env
 
 if TYPE_CHECKING:  # pydantic takes most of the time of a start; the engine's process begins first
@@ -289,7 +290,7 @@ class Sandbox(Closing):
         Of a daemon its operator sees everything, and anybody else the counters of their own runs. Raises
         ConnectionLost, Unavailable.
         """
-        return counters(self._handle.ask("stats"))
+        return counters(self._handle.ask(Operation.STATS))
 
     def session(self, **_arguments: Any) -> NoReturn:
         """One live interpreter whose state stays between runs: not in this version. Raises Unavailable."""
@@ -408,7 +409,7 @@ class Revoked(Exception):
 def _answer(connection: Connection, exchange: Exchange) -> Result:
     while (packet := connection.receive()) is not None:
         if connection.note(packet):
-            if packet.message["op"] == "revoked" and packet.message.get("taken") is True:
+            if packet.message["op"] == Operation.REVOKED and packet.message.get("taken") is True:
                 raise Revoked
             continue
         if exchange.feed(packet):

@@ -35,6 +35,7 @@ from sandboxd.engine.collecting import collect_when_idle
 from sandboxd.engine.engine import Engine
 from sandboxd.errors import Busy, PolicyError, SandboxError, Unavailable
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -289,7 +290,7 @@ class Daemon:
                 log.warning("client uid %d pid %d: turned away, %s", uid, pid, why)
             with contextlib.suppress(OSError):
                 sock.setblocking(False)
-                packets.send(sock, {"op": "refused", "error": Busy(1.0).plain()})
+                packets.send(sock, {"op": Operation.REFUSED, "error": Busy(1.0).plain()})
             disposal.close_socket(sock, uid)
             return
         connection = Connection(

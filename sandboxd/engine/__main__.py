@@ -24,6 +24,7 @@ from sandboxd.engine.config import EngineConfig
 from sandboxd.engine.engine import Engine
 from sandboxd.errors import ProtocolError, SandboxError, Unavailable
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     from sandboxd.engine.cells.active_policy import ActivePolicy
@@ -65,10 +66,10 @@ class Embedded:
                 raise
             if refusal is not None:
                 with contextlib.suppress(OSError):
-                    packets.send(self._control, {"op": "refused", "error": refusal.plain()})
+                    packets.send(self._control, {"op": Operation.REFUSED, "error": refusal.plain()})
                 return
             collect_when_idle(lambda: self._engine is None or not self._engine.live)
-            packets.send(self._control, {"op": "ready", "version": packets.VERSION})
+            packets.send(self._control, {"op": Operation.READY, "version": packets.VERSION})
             self._control.setblocking(False)
             self._loop.add_reader(self._control.fileno(), self._take)
             await self._over
@@ -79,11 +80,11 @@ class Embedded:
     async def _configure(self) -> SandboxError | None:
         """Start the engine and its policy; the error to report when that cannot be."""
         try:
-            settings = await self._packet("configure")
+            settings = await self._packet(Operation.CONFIGURE)
             self._engine = engine = Engine(EngineConfig.from_plain(settings["engine"]))
             engine.start()
             engine.prestart(settings["likely"])
-            self._plain = (await self._packet("policy"))["policy"]
+            self._plain = (await self._packet(Operation.POLICY))["policy"]
             await self._policy(None)
         except SandboxError as error:
             return error
@@ -95,7 +96,7 @@ class Embedded:
             return Unavailable("engine", f"{type(error).__name__}: {error}", fix=fix)
         return None
 
-    async def _packet(self, operation: str) -> dict[str, Any]:
+    async def _packet(self, operation: Operation) -> dict[str, Any]:
         """The next packet of the control socket, which must be *operation*. Raises ProtocolError, also at the end."""
         await readable(self._control.fileno())
         packet = packets.receive(self._control)

@@ -8,6 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
 from sandboxd.errors import Busy
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -51,7 +52,7 @@ class Admission:
             raise Busy(DRAINING_SECONDS)
 
     async def enter(
-        self, who: object, wait_seconds: float | None, notice: Callable[[str], Awaitable[None]] | None
+        self, who: object, wait_seconds: float | None, notice: Callable[[Operation], Awaitable[None]] | None
     ) -> None:
         """Take a turn. The uids that wait are served in rotation, the runs of one uid in their order: who asks for a
         hundred runs stands in nobody's way. *notice* is told "queued" when there is a wait, and then "admitted". Raises
@@ -69,10 +70,10 @@ class Admission:
         try:
             async with asyncio.timeout(wait_seconds):
                 if notice is not None:
-                    await notice("queued")
+                    await notice(Operation.QUEUED)
                 await turn
                 if notice is not None:
-                    await notice("admitted")
+                    await notice(Operation.ADMITTED)
         except BaseException as error:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self.leave()  # it had become our turn just then

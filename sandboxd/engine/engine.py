@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sandboxd.engine.runs.frames import LendTools
     from sandboxd.engine.runs.streams import Emit
     from sandboxd.outcome.answer import RunAnswer
+    from sandboxd.protocol.operations import Operation
     from sandboxd.protocol.run_header import Run
 
 __all__ = ["Engine"]
@@ -85,7 +86,7 @@ class Engine:
         owner: dict[str, Any],
         emit: Emit | None,
         announce: Callable[[CellRun], None],
-        notice: Callable[[str], Awaitable[None]] | None = None,
+        notice: Callable[[Operation], Awaitable[None]] | None = None,
         lend_tools: LendTools | None = None,
         share: FairShare | None = None,
     ) -> RunAnswer:

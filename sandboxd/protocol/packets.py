@@ -6,9 +6,9 @@ one sealed memfd instead: payload first, JSON behind it. The receiver checks the
 that the sender can neither change what was checked nor make a read block (a descriptor of FUSE or a pipe would); and
 that it has no holes, whose pages would be made, and paid for, by the receiver when it looks at them.
 
-Conversation: the client says ``hello`` with its version, the engine answers ``hello``; then one request at a time
-(``run``, ``ps``). During a run the engine may send ``output``; the client may send ``cancel`` or close the connection,
-which is the same. The run ends with ``result`` or ``refused``. Pure standard library; both sides import it.
+Conversation: the client says ``hello`` with its version, the engine answers ``hello``; then one request at a time is
+made and answered. During a run the client may send ``cancel`` or close the connection, which is the same. What else may
+be said is in ``operations``. Pure standard library; both sides import it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from sandboxd._util import disposal
 from sandboxd.errors import ProtocolError
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -64,7 +65,7 @@ _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fc
 
 Buffer = bytes | bytearray | memoryview
 
-CANCEL: Final = {"op": "cancel"}
+CANCEL: Final = {"op": Operation.CANCEL}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,7 @@ REQUESTS: Final = Bounds(512 << 10, 40_000, 50_000)
 
 def hello(direct: bool = False) -> dict[str, Any]:
     """A client's first packet on a connection; *direct*: it would hold cells itself, if it is the engine's caller."""
-    found = {"op": "hello", "version": VERSION, "client": "sandboxd-python"}
+    found: dict[str, Any] = {"op": Operation.HELLO, "version": VERSION, "client": "sandboxd-python"}
     return {**found, "direct": True} if direct else found
 
 
@@ -282,7 +283,7 @@ def _parse(data: bytes, fds: list[int], inline: bool, bounds: Bounds, descriptor
         raise ProtocolError("A packet is too short to be one.")
     if descriptors and len(data) == _LEASE.size and data.startswith(_LEASE_MAGIC):
         _, identity, leaf, count, *numbers = _LEASE.unpack(data)
-        message = {"op": "lease", "lease": identity.decode("ascii"), "leaf": leaf, "before": numbers[:count]}
+        message = {"op": Operation.LEASE, "lease": identity.decode("ascii"), "leaf": leaf, "before": numbers[:count]}
         return Packet(message, b"", 0, len(data), fds)
     magic, version, flags, zero, text_bytes, payload_bytes = _HEAD.unpack_from(data)
     if magic != MAGIC:

@@ -17,6 +17,7 @@ import pytest
 
 from sandboxd import limits, policy
 from sandboxd.engine.cells.state import TRANSITIONS, Event, State
+from sandboxd.protocol.operations import Operation
 from tests.attacks import ATTACKS
 from tests.conftest import EXAMPLES
 
@@ -249,6 +250,21 @@ def test_life_of_a_cell_is_that_of_the_code() -> None:
             *(TRANSITIONS[state][event].name if event in TRANSITIONS[state] else "" for state in State),
         ]
         for event in Event
+    ]
+
+
+def test_operations_are_those_of_the_code() -> None:
+    rows = table_rows(ROOT / "docs" / "architecture.md", "| operation")
+
+    assert rows == [
+        [
+            f"`{one}`",
+            one.sender.value,
+            one.asker.value,
+            ", ".join(f"`{answer}`" for answer in one.answers),
+            one.meaning,
+        ]
+        for one in Operation
     ]
 
 

@@ -30,6 +30,7 @@ from sandboxd._native import lib
 from sandboxd.engine.cells.state import Event, State
 from sandboxd.engine.runs.run import CellRun
 from sandboxd.protocol import packets
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -180,7 +181,7 @@ class Leases:
         order = list(dict.fromkeys(number.fd for number in numbers))
         fds += order
         message: dict[str, Any] = {
-            "op": "lease",
+            "op": Operation.LEASE,
             "lease": lease.identity,
             "leaf": known,
             "before": reading.before,
@@ -210,7 +211,7 @@ class Leases:
         lease, self.lease = self.lease, None
         if lease is None or self.run is not None:
             return
-        buffers, _ = packets.pack({"op": "revoked", "lease": lease.identity})
+        buffers, _ = packets.pack({"op": Operation.REVOKED, "lease": lease.identity})
         self._send(b"".join(buffers), [])
         self._resources.admission.unreserve(self)
         lease.cell.discard()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sandboxd.audit.reader import START, Page, page
 from sandboxd.errors import ProtocolError, Unavailable
+from sandboxd.protocol.operations import Operation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,7 +48,7 @@ async def answer(engine: Engine, message: Mapping[str, Any], uid: int | None) ->
             raise Unavailable(
                 "audit", "it cannot be read", errno=error.errno, fix="look at the engine's log"
             ) from error
-    return {"op": "logs", "cursor": list(found.cursor), "end": found.end}, found.lines
+    return {"op": Operation.LOGS, "cursor": list(found.cursor), "end": found.end}, found.lines
 
 
 def _is_cursor(value: object) -> bool:
