@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 from sandboxd._util import disposal
 from sandboxd.client.connections import greet
-from sandboxd.engine.clients import connection
+from sandboxd.engine.clients import connection, outbox
 from sandboxd.engine.clients.connection import Connection
 from sandboxd.engine.fair_share import FairShare, Shares
 from sandboxd.engine.held_time import HeldTime
@@ -745,7 +745,7 @@ def drive(
     """What a connection answers whose deadline *seconds* is short, when the client only does *act* and reads at its
     end; an answer to ps is *length* long.
     """
-    monkeypatch.setattr(connection, seconds, 0.2)
+    monkeypatch.setattr(connection if hasattr(connection, seconds) else outbox, seconds, 0.2)
 
     engine = types.SimpleNamespace(
         shares=Shares(),

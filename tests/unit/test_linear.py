@@ -33,7 +33,7 @@ from sandboxd.client.exchange import Exchange
 from sandboxd.client.result import ProgramError, Result, RichResult
 from sandboxd.engine.audit.tool_calls import CallRecords
 from sandboxd.engine.cells.workspace import collect
-from sandboxd.engine.clients import connection
+from sandboxd.engine.clients import result_packet
 from sandboxd.engine.runs.tool_relay import ToolRelay
 from sandboxd.inside import channel
 from sandboxd.outcome.collector import Collector
@@ -550,7 +550,7 @@ ROWS: list[tuple[str, Callable[[int], Any], Callable[[Any], object], int]] = [
         (f"names of a result: {name}", lambda n, make=make: sent(make(n)), lambda given: Result.from_wire(*given), 2000)
         for name, make in NAMES.items()
     ),
-    ("names in an answer", lambda n: sent(["é" * 100 + str(k) for k in range(n)])[0], connection._shorten, 4000),
+    ("names in an answer", lambda n: sent(["é" * 100 + str(k) for k in range(n)])[0], result_packet._shorten, 4000),
     ("result: no UTF-8", lambda n: sent([], b"\xff\xe2\x80" * n), lambda given: Result.from_wire(*given), 50_000),
     (
         "result: wrong files",
