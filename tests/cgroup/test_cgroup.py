@@ -404,8 +404,8 @@ CLONE_CHILD = """
 
 
 def attach_to_zygotes(instance: Instance, pid: int) -> None:
-    for path in instance.paths():
-        Path(path, "zygotes", "cgroup.procs").write_text(str(pid))
+    for place in instance._places():
+        place.below("zygotes").attach(pid)
 
 
 def clone_into(instance: Instance, leaf: Leaf, uid: int) -> int:
@@ -756,9 +756,8 @@ ENGINE = """
     quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     cell, zygote = subprocess.Popen(program, **quiet), subprocess.Popen(program, **quiet)
     leaf.attach(cell.pid)
-    for path in instance.paths():
-        with open(f"{path}/zygotes/cgroup.procs", "w") as file:
-            file.write(str(zygote.pid))
+    for place in instance._places():
+        place.below("zygotes").attach(zygote.pid)
     print(cell.pid, zygote.pid, *instance.paths(), flush=True)
     signal.pause()
 """

@@ -175,3 +175,33 @@ def test_architecture_shows_the_rooms() -> None:
     shown = re.search(r"^```\n(errors, limits.*?)^```$", text, re.MULTILINE | re.DOTALL)
     assert shown is not None
     assert shown[1] == ROOMS
+
+
+def test_modules_are_short() -> None:
+    long = {name: n for name, path in KNOWN.items() if (n := path.read_text("utf-8").count("\n")) > MOST_LINES}
+    assert long == {}
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """The attributes of its instances: assigned through self, annotated in the class, or in __slots__."""
+    found = set()
+    for inner in ast.walk(node):
+        match inner:
+            case ast.Attribute(value=ast.Name(id="self"), attr=name, ctx=ast.Store()):
+                found.add(name)
+    for inner in node.body:
+        if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name):
+            found.add(inner.target.id)
+    return found
+
+
+def test_large_classes_state_their_reason() -> None:
+    silent = []
+    for name, path in KNOWN.items():
+        source = path.read_text("utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, ast.ClassDef) or (number := len(attributes(node))) <= MOST_ATTRIBUTES:
+                continue
+            if REASON not in (ast.get_source_segment(source, node) or ""):
+                silent.append(f"{name}.{node.name}: {number}")
+    assert silent == []
