@@ -10,12 +10,12 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from sandboxd.client.request import check_limits, check_stdin
 from sandboxd.client.result import Result
 from sandboxd.errors import ConnectionLost, InvalidRequest, ProtocolError, from_plain
 from sandboxd.limits import LimitValue, narrow, shown
+from sandboxd.policy.model import Limits
 from sandboxd.protocol import packets
 from sandboxd.protocol.operations import LAST, Operation
 from sandboxd.protocol.run_header import (
@@ -30,7 +30,6 @@ from sandboxd.protocol.run_header import (
 )
 
 if TYPE_CHECKING:
-    from sandboxd.policy import Limits
     from sandboxd.protocol.packets import Buffer, Packet
 
 __all__ = ["Exchange", "FileContent", "TextCallback", "ToolHost"]
@@ -52,6 +51,22 @@ class ToolHost(Protocol):
 
     def end(self) -> None:
         """The run is over, or never began."""
+
+
+def _stdin(stdin: object) -> bytes | None:
+    """What the program reads; None is empty input. Raises InvalidRequest."""
+    if stdin is None or isinstance(stdin, bytes):
+        return stdin
+    if isinstance(stdin, bytearray | memoryview):
+        return bytes(cast("bytearray | memoryview", stdin))
+    raise InvalidRequest("stdin", f"it must be bytes or None, not {type(stdin).__name__}")
+
+
+def _check_limits(limits: object) -> object:
+    """Limits or None. Raises InvalidRequest."""
+    if limits is None or isinstance(limits, Limits):
+        return limits
+    raise InvalidRequest("limits", f"it must be sandboxd.Limits or None, not {type(limits).__name__}")
 
 
 def _content(path: str, content: object) -> bytes | memoryview:
@@ -119,8 +134,8 @@ class Exchange:
         text = check_code(code)
         if results is not True and results is not False:
             raise InvalidRequest("results", f"{shown(results)} is not allowed; it must be true or false")
-        given = check_stdin(stdin.encode() if isinstance(stdin, str) else stdin)
-        check_limits(limits)
+        given = _stdin(stdin.encode() if isinstance(stdin, str) else stdin)
+        _check_limits(limits)
         self.source = text.encode()
         header = build_header(
             code_bytes=len(self.source),

@@ -2,8 +2,7 @@
 
 The payload is the source text, then stdin, then the contents of the files, end to end; the header holds their lengths
 and everything else. ``build_header`` writes it, ``parse_header`` reads it and is the engine's guard: whoever wrote the
-header may be hostile, so keys, types, lengths and ranges are all checked again here, whatever the client did. The same
-checks serve the public ``RunRequest``.
+header may be hostile, so keys, types, lengths and ranges are all checked again here, whatever the client did.
 """
 
 from __future__ import annotations
