@@ -38,8 +38,8 @@ audit                the audit record: writing, reading, redacting
 client               Sandbox and AsyncSandbox, their connections, the embedded engine's process
 sandboxd             the public names
 engine.config        what an operator may set
-engine.held_time     how long the loop was held; when it is idle (collecting)
-engine.collecting
+engine.held_time     how long each iteration of the loop held up the others
+engine.collecting    the garbage collector, when the engine is idle
 engine.fair_share    what one uid may take
 engine.admission     turns, and the queue for them
 engine.clock         the engine's one timer
