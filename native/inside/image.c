@@ -685,12 +685,12 @@ image_record(PyObject *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-PyDoc_STRVAR(remember_doc, "remember(fd) -> int\n\n"
+PyDoc_STRVAR(load_survey_doc, "load_survey(fd) -> int\n\n"
 "Keep what record() writes to the other end of *fd*, until its end, for populate(); behind what is kept already. A range\n"
 "of zeros ends a part of what populate() does. Returns the pages that came. Raises OSError.");
 
 static PyObject *
-image_remember(PyObject *self, PyObject *args)
+image_load_survey(PyObject *self, PyObject *args)
 {
     const size_t room = RANGES * sizeof(struct range), known = image.nrecorded;
     size_t length = known * sizeof(struct range);
@@ -699,7 +699,7 @@ image_remember(PyObject *self, PyObject *args)
     int fd;
 
     (void)self;
-    if (!PyArg_ParseTuple(args, "i:remember", &fd))
+    if (!PyArg_ParseTuple(args, "i:load_survey", &fd))
         return NULL;
     if (image.recorded == NULL) {
         r = map_anonymous(0, room, SBX_PROT_READ | SBX_PROT_WRITE);
@@ -808,7 +808,7 @@ static PyMethodDef methods[] = {
     {"can_become_writable", image_can_become_writable, METH_VARARGS, become_doc},
     {"make_private", image_make_private, METH_VARARGS, private_doc},
     {"record", image_record, METH_VARARGS, record_doc},
-    {"remember", image_remember, METH_VARARGS, remember_doc},
+    {"load_survey", image_load_survey, METH_VARARGS, load_survey_doc},
     {"populate", image_populate, METH_VARARGS, populate_doc},
     {"waiting", image_waiting, METH_VARARGS, waiting_doc},
     {"fill_random", image_fill, METH_VARARGS, fill_doc},

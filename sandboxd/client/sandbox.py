@@ -271,7 +271,8 @@ class Sandbox(Closing):
                 self._handle.failed(connection, exchange, error)
             except BaseException:
                 # KeyboardInterrupt, or a callback's own: the run is killed before it propagates.
-                connection.cancel()
+                if not exchange.answered:
+                    connection.cancel()
                 connections.settle(connection, keep=False)
                 raise
             else:

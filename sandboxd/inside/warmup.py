@@ -182,7 +182,7 @@ def as_ranges(pages: set[int], mark: int) -> Iterator[bytes]:
 def load_survey(fd: int) -> int:
     """Have cells take from now on what a survey found, which comes over *fd*; closed here. How many pages that is."""
     try:
-        pages: int = _image.remember(fd)
+        pages: int = _image.load_survey(fd)
         return pages
     finally:
         os.close(fd)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import pytest
 
 from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox
+from sandboxd.client.connections import Connection
 from tests.engine.test_results import live_runs
 from tests.support.engine import pid_of
 from tests.support.leftovers import assert_nothing_new, descendants, eventually, lives, snapshot
@@ -135,6 +136,19 @@ def test_an_exception_of_a_callback_kills_the_run_and_is_raised(sandbox: Sandbox
     assert time.monotonic() - begun < 5
     eventually(lambda: live_runs(sandbox) == [], 5, "the run is gone")
     assert sandbox.run("print(1)").stdout == "1\n"
+
+
+def test_a_callback_that_raises_once_the_run_is_over_cancels_nothing(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half character is handed over when it is known that nothing completes it: with the result."""
+
+    def callback(text: str) -> None:
+        raise KeyError(text)
+
+    monkeypatch.setattr(Connection, "cancel", lambda _: pytest.fail("a run that was over was cancelled"))
+    with pytest.raises(KeyError):
+        sandbox.run(r"import os; os.write(1, b'\xc3')", on_stdout=callback)
 
 
 def test_a_slow_callback_slows_only_its_own_run(sandbox: Sandbox) -> None:

@@ -571,6 +571,21 @@ def test_who_leaves_with_output_and_files_untaken_leaves_nothing(served: Served)
             served.idle(5)  # over, and waiting for its reader
 
 
+def test_a_cancel_that_comes_when_only_output_is_left_changes_nothing(served: Served) -> None:
+    size = 300 << 10
+    code = f"import os; os.write(1, bytes({size}))"
+    with Raw(served) as raw:
+        raw.send(request(code_bytes=len(code), stream=True), code.encode())
+        served.idle(5)
+        raw.send({"op": "cancel"})
+        ops = []
+        while (answer := raw.answer()) and answer["op"] == "output":
+            ops.append(answer)
+        assert answer["op"] == "result"
+        assert answer["result"]["status"] == "ok"
+        assert len(ops) > 1
+
+
 def test_who_sends_during_its_run_ends_it(served: Served) -> None:
     with Raw(served) as raw:
         raw.send(request(code_bytes=len(daemons.SLEEP)), daemons.SLEEP.encode())

@@ -385,7 +385,7 @@ FORESEEN = """
         _image.record(write)
         os._exit(0)
     os.close(write)
-    pages = _image.remember(read)
+    pages = _image.load_survey(read)
     os.wait()
 """
 
@@ -432,7 +432,7 @@ def test_a_range_of_zeros_parts_what_is_done_before_parking_from_the_rest() -> N
         read, end = os.pipe()
         os.write(end, write(0, 8) + bytes(16) + write(20, 4))
         os.close(end)
-        _image.remember(read)
+        _image.load_survey(read)
         def own():
             with open("/proc/self/pagemap", "rb") as file:
                 file.seek(at // 4096 * 8)

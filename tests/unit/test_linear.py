@@ -85,7 +85,9 @@ QUADRATIC: dict[str, tuple[Callable[[int], Any], Callable[[Any], object], int]] 
 
 @pytest.mark.parametrize("kind", QUADRATIC)
 def test_the_instrument_notices_quadratic_work(kind: str) -> None:
-    assert not growth(QUADRATIC[kind][0], QUADRATIC[kind][1], QUADRATIC[kind][2]).is_linear
+    make, function, n = QUADRATIC[kind]
+    # What disturbs it makes growth look smaller: one look of three that tells is enough.
+    assert any(not growth(make, function, n).is_linear for _ in range(3))
 
 
 # What is given to the parsers

@@ -38,7 +38,7 @@ class Waiter(Protocol):
 
 
 class Freezer:
-    """As ``tools.Caller``, for one run in its cell."""
+    """As ``tool_relay.Caller``, for one run in its cell."""
 
     def __init__(self, waiter: Waiter, cell: Cell) -> None:
         self._waiter = waiter

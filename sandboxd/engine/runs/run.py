@@ -85,12 +85,14 @@ class CellRun:
     @property
     def state(self) -> str:
         """For people: where it stands."""
-        return "queued" if self.cell is None else self.cell.life.state.value
+        if self.cell is not None:
+            return self.cell.life.state.value
+        return "queued" if self.is_queued else State.GONE.value
 
     @property
     def is_queued(self) -> bool:
-        """Whether nothing of it exists yet."""
-        return self.cell is None
+        """Whether nothing of it exists yet. Not so again at its end, while its last output is on its way."""
+        return self.cell is None and self._inputs is None
 
     def serves(self, active: ActivePolicy) -> bool:
         """Whether it is *active*'s, be it that it still queues."""
