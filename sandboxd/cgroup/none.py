@@ -12,13 +12,14 @@ import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sandboxd.cgroup.instance import Facts, Instance
-from sandboxd.cgroup.leaf import Leaf, LeafLimits
+from sandboxd._util.closeable import Closing
 from sandboxd.cgroup.reading import Counters, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sandboxd.cgroup.instance import Facts
+    from sandboxd.cgroup.leaf import LeafLimits
     from sandboxd.cgroup.numbers import Number
     from sandboxd.errors import Unavailable
 
@@ -31,8 +32,8 @@ MISSING = (
 )
 
 
-class NoInstance(Instance):
-    """No directory in any hierarchy; *refusal* is why."""
+class NoInstance(Closing):
+    """As ``interface.AnyInstance``: no directory in any hierarchy; *refusal* is why."""
 
     def __init__(self, refusal: Unavailable) -> None:
         self.refusal = refusal
@@ -41,9 +42,6 @@ class NoInstance(Instance):
     def facts(self) -> Facts:
         return {"version": "none", "controllers": [], "twin": False, "missing": list(MISSING)}
 
-    def paths(self) -> list[str]:
-        return []
-
     @contextmanager
     def zygotes_entry(self) -> Iterator[tuple[int | None, list[int]]]:
         yield None, []
@@ -51,20 +49,19 @@ class NoInstance(Instance):
     def clone_owner(self, uid: int) -> None:
         pass
 
-    def make_leaf(self, slot: int, pids_floor: int = 1) -> Leaf:
+    def make_leaf(self, slot: int) -> NoLeaf:
         if self._leaf is None:
             self._leaf = NoLeaf()
         return self._leaf
 
-    def close(self) -> list[str]:
+    def close(self) -> None:
         leaf, self._leaf = self._leaf, None
         if leaf is not None:
             leaf.close()
-        return []
 
 
-class NoLeaf(Leaf):
-    """Of every cell: it holds nothing of any of them."""
+class NoLeaf:
+    """As ``interface.AnyLeaf``, of every cell: it holds nothing of any of them."""
 
     counts = False
     counts_kills_late = False
@@ -129,9 +126,6 @@ class NoLeaf(Leaf):
     def clone_owner(self, uid: int) -> None:
         pass
 
-    def attach(self, pid: int) -> None:
-        pass
-
     def is_empty(self) -> bool:
         return True
 
@@ -147,24 +141,12 @@ class NoLeaf(Leaf):
     def unthrottle(self) -> None:
         pass
 
-    def kill(self) -> None:
-        pass
-
     def reusable(self) -> bool:
         """What says that a cell is dead is its pid namespace."""
         return True
-
-    def reclaim(self) -> None:
-        pass
 
     def reclaim_names(self) -> bool:
         return False
 
     def remove(self) -> bool:
         return True
-
-    def remove_wait(self, timeout: float) -> bool:
-        return True
-
-    def kill_quietly(self) -> None:
-        pass

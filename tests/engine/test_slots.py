@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from sandboxd import Sandbox
-from sandboxd.cgroup import Bounds, Instance, NoInstance, discover
+from sandboxd.cgroup import Bounds, Instance, Leaf, NoInstance, discover
 from sandboxd.engine.cells.slots import BACKLOG, Slots
 from sandboxd.errors import Unavailable
 from tests.support import leftovers
@@ -25,7 +25,7 @@ from tests.support.patience import SLOWER
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from sandboxd.cgroup import Leaf
+    from sandboxd.cgroup.interface import AnyLeaf
     from sandboxd.engine.cells.slots import Slot
 
 RUNS: Final = 500 if SLOWER == 1 else 60
@@ -111,6 +111,7 @@ def spoil(slot: Slot) -> None:
     slot.leaf.begin()
     code = "import os, sys\nsys.stdin.readline()\nif os.fork() == 0: os._exit(0)\nos.wait()"
     with subprocess.Popen([sys.executable, "-I", "-S", "-c", code], stdin=subprocess.PIPE) as process:
+        assert isinstance(slot.leaf, Leaf)
         slot.leaf.attach(process.pid)
         process.communicate(b"\n", timeout=30)
     assert not slot.leaf.reusable()
@@ -123,7 +124,7 @@ async def until(condition: Callable[[], object], seconds: float = 10) -> None:
         await asyncio.sleep(0.005)
 
 
-def exists(instance: Instance, leaf: Leaf) -> bool:
+def exists(instance: Instance, leaf: AnyLeaf) -> bool:
     return any(Path(path, below, leaf.name).exists() for path in instance.paths() for below in ("", "cells"))
 
 
@@ -206,6 +207,7 @@ def test_an_abandoned_slot_is_free_again_when_its_leaf_is_empty(instance: Instan
         slot, other = slots.take(), slots.take()
         leaf = slot.leaf
         process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import signal; signal.pause()"])
+        assert isinstance(leaf, Leaf)
         leaf.attach(process.pid)
         slots.abandon(slot)
         await asyncio.sleep(0.2)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Iterator
 
-    from sandboxd.cgroup import Leaf
+    from sandboxd.cgroup.interface import AnyLeaf
     from sandboxd.engine.cells.messages import CellFds
     from sandboxd.engine.cells.resources import Resources
     from sandboxd.engine.cells.shape import CellSpec
@@ -259,7 +259,7 @@ class Cell:
         return ("cell", self.slot.index) if self.slot is not None else None
 
     @property
-    def leaf(self) -> Leaf:
+    def leaf(self) -> AnyLeaf:
         """The cgroup leaf; only while it has a slot."""
         assert self.slot is not None  # noqa: S101
         return self.slot.leaf

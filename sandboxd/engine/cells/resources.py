@@ -21,6 +21,7 @@ from sandboxd.errors import Unavailable
 from sandboxd.ids.claim import claim
 
 if TYPE_CHECKING:
+    from sandboxd.cgroup.interface import AnyInstance
     from sandboxd.engine.config import EngineConfig
     from sandboxd.ids import ranges
 
@@ -49,7 +50,7 @@ class Resources:
         self.crowded = False
         """Nearly as many are: a cell whose descriptors do not arrive costs the whole zygote."""
         self.no_cgroups: NoCgroups | None = None
-        self.instance: cgroup.Instance
+        self.instance: AnyInstance
         self.ids: ranges.IdBlock
         self.slot_ids: ranges.SlotIds
         self.slots: Slots

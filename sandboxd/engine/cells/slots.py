@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from sandboxd.engine.cells.messages import Entry
 
 if TYPE_CHECKING:
-    from sandboxd.cgroup import Instance, Leaf
+    from sandboxd.cgroup.interface import AnyInstance, AnyLeaf
 
 __all__ = ["Slot", "Slots"]
 
@@ -34,11 +34,11 @@ class Slot:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self._leaf: Leaf | None = None
+        self._leaf: AnyLeaf | None = None
         self._entry: Entry | None = None
 
     @property
-    def leaf(self) -> Leaf:
+    def leaf(self) -> AnyLeaf:
         """Its cgroup leaf. Raises LookupError when it has none, which ``Slots.take`` sees to."""
         if self._leaf is None:
             raise LookupError(f"slot {self.index} has no leaf")
@@ -61,7 +61,7 @@ class Slot:
         """Whether ``leaf`` is there."""
         return self._leaf is not None
 
-    def put(self, leaf: Leaf | None) -> Leaf | None:
+    def put(self, leaf: AnyLeaf | None) -> AnyLeaf | None:
         """Give it another leaf, or none; returns the one it had."""
         before, self._leaf, self._entry = self._leaf, leaf, None
         return before
@@ -74,17 +74,17 @@ class Slots:
     removes it. That thread alone uses the leaf until it is done.
     """
 
-    def __init__(self, instance: Instance, capacity: int, zygote_uid: int) -> None:
+    def __init__(self, instance: AnyInstance, capacity: int, zygote_uid: int) -> None:
         self._instance = instance
         self._zygote_uid = zygote_uid
         self._free = [Slot(index) for index in range(capacity - 1, -1, -1)]
         self._capacity = capacity
-        self._retired: list[Leaf] = []
-        self._retiring: list[Leaf] = []
+        self._retired: list[AnyLeaf] = []
+        self._retiring: list[AnyLeaf] = []
         self._thread: ThreadPoolExecutor | None = None
         self._reclaim_until = math.inf
-        self._leaving: list[Leaf] = []
-        self._abandoned: dict[Leaf, Slot] = {}
+        self._leaving: list[AnyLeaf] = []
+        self._abandoned: dict[AnyLeaf, Slot] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -128,7 +128,7 @@ class Slots:
 
     # Leaves that are not used again
 
-    def _retire(self, leaf: Leaf) -> None:
+    def _retire(self, leaf: AnyLeaf) -> None:
         if len(self._retired) >= BACKLOG or self._closed:
             self._remove(leaf)  # what the kernel keeps for it is the instance's then
             return
@@ -145,7 +145,7 @@ class Slots:
         done = asyncio.get_running_loop().run_in_executor(self._thread, self._clear, self._retiring)
         done.add_done_callback(self._cleared)
 
-    def _clear(self, leaves: list[Leaf]) -> list[Leaf]:
+    def _clear(self, leaves: list[AnyLeaf]) -> list[AnyLeaf]:
         """In the thread: reclaim and remove *leaves*; returns those that are still there."""
         for leaf in leaves:
             if time.monotonic() < self._reclaim_until:
@@ -155,7 +155,7 @@ class Slots:
                     log.warning("memory of cgroup leaf %s cannot be reclaimed: %s", leaf.name, error)
         return [leaf for leaf in leaves if not self._is_removed(leaf)]
 
-    def _cleared(self, done: asyncio.Future[list[Leaf]]) -> None:
+    def _cleared(self, done: asyncio.Future[list[AnyLeaf]]) -> None:
         self._retiring = []
         if self._closed or done.cancelled():
             return
@@ -163,7 +163,7 @@ class Slots:
             self._remove(leaf)
         self._retire_next()
 
-    def _remove(self, leaf: Leaf) -> None:
+    def _remove(self, leaf: AnyLeaf) -> None:
         """Now, or as soon as it is empty."""
         self._leaving.append(leaf)
         if self._timer is None:
@@ -175,7 +175,7 @@ class Slots:
         if self._leaving:
             self._timer = asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._remove_leaving)
 
-    def _is_removed(self, leaf: Leaf) -> bool:
+    def _is_removed(self, leaf: AnyLeaf) -> bool:
         """Whether nothing is left to do for *leaf*."""
         try:
             slot = self._abandoned.get(leaf)
@@ -218,7 +218,7 @@ class Slots:
         self._clear(self._retired)
 
 
-def _is_empty(leaf: Leaf) -> bool:
+def _is_empty(leaf: AnyLeaf) -> bool:
     """Whether nothing is in it, zombies included."""
     try:
         return leaf.is_empty()

@@ -48,7 +48,7 @@ from sandboxd.kernel.stages import unavailable
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sandboxd.cgroup import Instance
+    from sandboxd.cgroup.interface import AnyInstance
     from sandboxd.engine.cells.files import CellFiles
     from sandboxd.engine.cells.messages import CellFds, CellPlan, Entry, Event
     from sandboxd.engine.cells.zygote_spawn import Spawned, ZygoteSpec
@@ -193,7 +193,7 @@ class Zygote:
         self._log = _Log(spawned.log)
 
     @classmethod
-    def spawn(cls, spec: ZygoteSpec, ids: IdBlock, cgroup: Instance) -> Zygote:
+    def spawn(cls, spec: ZygoteSpec, ids: IdBlock, cgroup: AnyInstance) -> Zygote:
         """A new one among *cgroup*'s zygotes; ``activate`` comes next. Raises Unavailable; what goes wrong later is
         told by ``activate``.
         """

@@ -26,7 +26,7 @@ from sandboxd.rootfs import plan as rootfs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sandboxd.cgroup import Instance
+    from sandboxd.cgroup.interface import AnyInstance
     from sandboxd.engine.cells.files import CellFiles
     from sandboxd.ids.ranges import IdBlock
     from sandboxd.rootfs.interpreter import Interpreter
@@ -151,7 +151,7 @@ def _pair(undo: ExitStack) -> tuple[socket.socket, socket.socket]:
     return ours, theirs
 
 
-def spawn(spec: ZygoteSpec, ids: IdBlock, cgroup: Instance) -> Spawned:
+def spawn(spec: ZygoteSpec, ids: IdBlock, cgroup: AnyInstance) -> Spawned:
     """Have the namespaces and the root made, and nursery and interpreter executed there, among *cgroup*'s zygotes.
 
     The mounts take some 20 ms, most of it the kernel's waiting for itself, and nobody waits for them here: what goes

@@ -10,7 +10,7 @@ from sandboxd.engine.runs.meter import Meter, Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from sandboxd.cgroup import Leaf
+    from sandboxd.cgroup.interface import AnyLeaf
     from sandboxd.engine.clock import Clock
     from sandboxd.limits import LimitValue
     from sandboxd.outcome.judge import Cause
@@ -31,10 +31,10 @@ class RunClock:
         self._limits = limits
         self._cpus = cpus
         self._expired = expired
-        self._leaf: Leaf | None = None
+        self._leaf: AnyLeaf | None = None
         self._meter: Meter | None = None
 
-    def start(self, leaf: Leaf, ago_seconds: float = 0.0, with_tools: bool = False) -> None:
+    def start(self, leaf: AnyLeaf, ago_seconds: float = 0.0, with_tools: bool = False) -> None:
         """The program started so long ago in *leaf*."""
         self.started = now = time.monotonic() - ago_seconds
         self._leaf = leaf
