@@ -136,9 +136,9 @@ class Exchange:
             raise InvalidRequest("results", f"{shown(results)} is not allowed; it must be true or false")
         given = _stdin(stdin.encode() if isinstance(stdin, str) else stdin)
         _check_limits(limits)
-        self.source = text.encode()
+        source = text.encode()
         header = build_header(
-            code_bytes=len(self.source),
+            code_bytes=len(source),
             stdin_bytes=None if given is None else len(given),
             files=check_files((path, len(content)) for path, content in contents.items()),
             args=words,
@@ -157,7 +157,7 @@ class Exchange:
             header["limits"] = {**base_limits, **asked}
         self._message = {"op": Operation.RUN, "policy": policy, "run": header}
         self.request = header
-        self._payload: list[Buffer] = [self.source, given or b"", *contents.values()]
+        self._payload: list[Buffer] = [source, given or b"", *contents.values()]
         self._callbacks = {1: on_stdout, 2: on_stderr}
         self._decoders = {number: codecs.getincrementaldecoder("utf-8")("replace") for number in (1, 2)}
         self._tools = tools

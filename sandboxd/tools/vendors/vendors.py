@@ -27,7 +27,6 @@ _OPENAI_KEYWORDS = frozenset(
         *("exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems"),
     )
 )
-_SAYING = frozenset(("type", "enum", "const", "anyOf", "oneOf", "$ref"))
 _SAID = {"minLength": "at least {} characters", "maxLength": "at most {} characters", "contentEncoding": "in {}"}
 
 
