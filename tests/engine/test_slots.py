@@ -77,7 +77,7 @@ def test_names_that_runs_asked_for_do_not_stay_in_the_kernel(program: str) -> No
         may_stay = int(RUNS * NAMES * MAY_STAY)
         leftovers.eventually(
             lambda: negative_dentries() - before < may_stay,
-            10,
+            10 * SLOWER,
             f"{negative_dentries() - before} negative dentries are left of {RUNS * NAMES}",
         )
         left_bytes = sum(map(kernel_bytes, own)) - charged
