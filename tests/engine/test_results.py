@@ -13,6 +13,7 @@ import pytest
 from sandboxd import InvalidRequest, Limits, Policy, PolicyError, Result, Sandbox
 from sandboxd.protocol import packets
 from tests.support.engine import connect as connect_to_engine
+from tests.support.leftovers import eventually
 
 PROMISED = [
     "id", "status", "exit_code", "signal", "stdout", "stderr", "stdout_dropped_bytes", "stderr_dropped_bytes", "error",
@@ -420,6 +421,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("arguments", "field"), [pytest.param(a, f, id=i) for i, a, f in REFUSED])
 def test_a_wrong_argument_is_named_and_nothing_starts(sandbox: Sandbox, arguments: dict[str, Any], field: str) -> None:
+    eventually(lambda: live_runs(sandbox) == [], 5, "the engine has heard that the run before is over")
     with pytest.raises(InvalidRequest) as refused:
         sandbox.run(**{"code": "print(1)", **arguments})
     assert refused.value.field.startswith(field)
